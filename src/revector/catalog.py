@@ -1,0 +1,439 @@
+"""What is true in the database now: the table, its columns, indexes, triggers and whatever hangs on a column."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from psycopg import errors as pg
+from psycopg import sql
+
+from revector.db import Session, block, raw
+from revector.errors import ExpressionRefused, Refused, UsageError
+
+#: Vector types that a generation can have, and the most dimensions that their indexes take (pgvector's README).
+INDEX_LIMITS = {"vector": 2000, "halfvec": 4000}
+#: Bits of pg_trigger.tgtype (PostgreSQL: src/include/catalog/pg_trigger.h).
+_ROW, _BEFORE, _INSERT, _UPDATE = 1, 2, 4, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The server, the extension and what this role may do."""
+
+    version: str
+    version_num: int
+    database: str
+    standby: bool
+    #: None: pgvector is not installed in this database.
+    vector_version: str | None
+    vector_schema: str | None
+    may_create_schema: bool
+    may_use_temp: bool
+    has_ledger: bool
+    may_be_replica: bool
+    bypasses_rls: bool
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column."""
+
+    number: int
+    name: str
+    #: As format_type prints it, schema-qualified: `public.vector(384)`.
+    type: str
+    #: Bare type name: `vector`.
+    type_name: str
+    #: `b` base, `d` domain, ...
+    type_kind: str
+    typmod: int
+    not_null: bool
+    generated: str
+    identity: str
+    not_null_name: str | None
+    comment: str | None
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it can be the column of a generation."""
+        return self.type_name in INDEX_LIMITS
+
+    @property
+    def dimension(self) -> int | None:
+        """The declared dimension; None for `vector` without one."""
+        return self.typmod if self.typmod > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """One index, with what a twin of it on another column needs."""
+
+    oid: int
+    name: str
+    method: str
+    valid: bool
+    keys: tuple[int, ...]
+    #: Schema-qualified.
+    opclass: str
+    parameters: tuple[tuple[str, str], ...]
+    predicate: str | None
+    expression: str | None
+    bytes: int
+    definition: str
+
+    def covers_only(self, column: Column) -> bool:
+        """Whether this is a vector index of that column and of nothing else."""
+        mentions = self.predicate is not None and re.search(rf"\b{re.escape(column.name)}\b", self.predicate)
+        return self.method in ("hnsw", "ivfflat") and self.keys == (column.number,) and not mentions
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """One trigger of the user's, or ours."""
+
+    oid: int
+    name: str
+    enabled: str
+    type: int
+    #: Attribute numbers of `UPDATE OF`; empty: every UPDATE.
+    columns: tuple[int, ...]
+
+    @property
+    def before_row(self) -> bool:
+        """Whether it can change the row that ours sees."""
+        return bool(self.type & _ROW and self.type & _BEFORE and self.type & (_INSERT | _UPDATE))
+
+    @property
+    def on_any_update(self) -> bool:
+        """Whether our write-back would fire it (a row trigger on UPDATE that names no columns, or a statement one)."""
+        return bool(self.type & _UPDATE) and not self.columns
+
+
+@dataclass(frozen=True, slots=True)
+class Dependent:
+    """Something that is tied to the vector column and would stay behind on a rename."""
+
+    description: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """The text expression: as the user wrote it and as PostgreSQL stores it."""
+
+    given: str
+    #: Deparsed by the server, names qualified, generated columns replaced by what generates them.
+    canonical: str
+    #: (name, type) of the columns that it reads.
+    columns: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The user's table."""
+
+    oid: int
+    schema: str
+    name: str
+    kind: str
+    persistence: str
+    estimated_rows: float
+    heap_bytes: int
+    total_bytes: int
+    row_security: bool
+    forces_row_security: bool
+    owned: bool
+    owner: str
+    has_children: bool
+    is_child: bool
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+    unique: tuple[frozenset[str], ...]
+    indexes: tuple[Index, ...]
+    triggers: tuple[Trigger, ...]
+    update_rules: tuple[str, ...]
+
+    def column(self, name: str) -> Column:
+        """The column of that name; `UsageError` names near ones."""
+        for column in self.columns:
+            if column.name == name:
+                return column
+        near = difflib.get_close_matches(name, [c.name for c in self.columns], n=1)
+        vectors = [c.name for c in self.columns if c.is_vector]
+        raise UsageError(
+            f"{self.name} has no column {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            why=f"Its vector columns: {', '.join(vectors) or 'none'}. All columns: {', '.join(c.name for c in self.columns)}.",
+        )
+
+    def vector_column(self, name: str) -> Column:
+        """The vector column of that name."""
+        column = self.column(name)
+        if not column.is_vector:
+            vectors = [c.name for c in self.columns if c.is_vector]
+            raise UsageError(
+                f"{self.name}.{name} is of type {column.type}, not a vector",
+                why=f"Its vector columns: {', '.join(vectors) or 'none'}.",
+                hint=f"name it with --vector {vectors[0]}" if vectors else "",
+            )
+        return column
+
+    def numbered(self, number: int) -> Column | None:
+        """The column with that attribute number, if it still exists."""
+        return next((c for c in self.columns if c.number == number), None)
+
+    @property
+    def identifier(self) -> sql.Identifier:
+        """Schema and name, quoted."""
+        return sql.Identifier(self.schema, self.name)
+
+
+def read_server(session: Session) -> Server:
+    """The server's facts."""
+    row = session.row(block("catalog", "server"))
+    assert row is not None
+    return Server(**row._asdict())
+
+
+@contextmanager
+def _as_user(session: Session) -> Iterator[None]:
+    """Names resolve in the user's own search_path; nothing can be written."""
+    with session.transaction():
+        session.execute("SELECT set_config('search_path', %(path)s, true)", path=session.user_path)
+        session.execute("SET TRANSACTION READ ONLY")
+        yield
+
+
+def find_table(session: Session, name: str) -> int:
+    """The OID of the table that the user means.
+
+    `name` is an exact name (`Weird Table`, `select`), schema.name, or what SQL would understand ("quoted", folded).
+    """
+    with _as_user(session):
+        oid = session.value(block("catalog", "find_exact"), name=name)
+        if oid is None and "." in name:
+            schema, _, table = name.partition(".")
+            row = session.row(block("catalog", "relation_named"), schema=schema, name=table)
+            oid = row.oid if row and row.kind in "rpvmf" else None
+    if oid is None:
+        try:
+            with _as_user(session):
+                oid = session.value(block("catalog", "find_parsed"), name=name)
+        except (pg.InvalidName, pg.UndefinedObject, pg.SyntaxError):
+            oid = None
+    if oid is not None:
+        return int(oid)
+    known = [
+        row.name if row.schema == "public" else f"{row.schema}.{row.name}"
+        for row in session.rows(block("catalog", "vector_tables"))
+    ]
+    near = difflib.get_close_matches(name, known, n=1)
+    database = session.value("SELECT current_database()")
+    raise UsageError(
+        f"there is no table {name!r} in database {database!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+        why=f"Tables with a vector column here: {', '.join(known) or 'none'}.",
+    )
+
+
+def read_table(session: Session, oid: int) -> Table:
+    """Everything about the table but its dependents; consistent, from one snapshot."""
+    with session.transaction():
+        session.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        row = session.row(block("catalog", "table"), table=oid)
+        if row is None:
+            raise Refused("the table does not exist any more")
+        return Table(
+            **row._asdict(),
+            columns=tuple(Column(**c._asdict()) for c in session.rows(block("catalog", "columns"), table=oid)),
+            key=tuple(r.name for r in session.rows(block("catalog", "primary_key"), table=oid)),
+            unique=tuple(frozenset(r.names) for r in session.rows(block("catalog", "unique_columns"), table=oid)),
+            indexes=tuple(
+                Index(
+                    oid=i.oid,
+                    name=i.name,
+                    method=i.method,
+                    valid=i.valid,
+                    keys=tuple(i.keys),
+                    opclass=i.opclass,
+                    parameters=tuple(tuple(option.split("=", 1)) for option in i.options),
+                    predicate=i.predicate,
+                    expression=i.expression,
+                    bytes=i.bytes,
+                    definition=i.definition,
+                )
+                for i in session.rows(block("catalog", "indexes"), table=oid)
+            ),
+            triggers=tuple(
+                Trigger(t.oid, t.name, t.enabled, t.type, tuple(t.columns))
+                for t in session.rows(block("catalog", "triggers"), table=oid)
+            ),
+            update_rules=tuple(r.name for r in session.rows(block("catalog", "update_rules"), table=oid)),
+        )
+
+
+def read_text(session: Session, table: Table, given: str) -> Text:
+    """Let the server parse the user's text expression alone, and say how it stores it.
+
+    Refused by name: several statements, sub-queries, aggregates, set-returning and window functions, functions that
+    are not IMMUTABLE, and results that are not text. Nothing is changed: what is created is rolled back.
+    """
+    generated = {r.name: r.expression for r in session.rows(block("catalog", "generated"), table=table.oid)}
+    columns = sql.SQL(", ").join(
+        sql.SQL("({}) AS {}").format(raw(generated[c.name]), sql.Identifier(c.name))
+        if c.name in generated
+        else sql.Identifier("r", c.name)
+        for c in table.columns
+    )
+    if ";" in re.sub(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"", "", given):
+        raise ExpressionRefused(f"--text {given!r} contains ';'", why="It must be one SQL expression over one row.")
+    parts = {"text": raw(given), "table": table.identifier, "alias": sql.Identifier(table.name)}
+    try:
+        with _as_user(session):
+            explained = session.alone(block("catalog", "flatten", columns=columns, **parts))
+    except pg.UndefinedColumn as error:
+        raise ExpressionRefused(
+            f"--text: {error.diag.message_primary}",
+            why=f"Columns of {table.name}: {', '.join(c.name for c in table.columns)}.",
+            hint="give the column or expression that holds the text: --text COLUMN",
+        ) from None
+    except (pg.ProgrammingError, pg.DataError, pg.NotSupportedError) as error:
+        raise ExpressionRefused(
+            f"--text {given!r} is not an expression over one row: {error.diag.message_primary}",
+            why="It must be one SQL expression such as content, or title || E'\\n' || body.",
+        ) from None
+    plan = explained[0]["Plan"]
+    if plan["Node Type"] != "Seq Scan" or "Plans" in plan or len(plan["Output"]) != 1:
+        raise ExpressionRefused(
+            f"--text {given!r} uses {_what_it_uses(plan)}",
+            why="The text must be computed from one row alone, so that a trigger can tell when it changed.",
+        )
+    flat = plan["Output"][0]
+    type_name = ""
+    with session.transaction():
+        session.execute("SELECT set_config('search_path', %(path)s, true)", path=f"{session.user_path}, pg_temp")
+        session.execute(block("catalog", "scratch", table=table.identifier))
+        try:
+            with session.transaction():
+                session.execute(block("catalog", "scratch_index", text=raw(flat)))
+        except (pg.InvalidObjectDefinition, pg.UndefinedObject, pg.ProgrammingError, pg.NotSupportedError) as error:
+            names = sorted({n.rsplit(".", 1)[-1].strip('"') for n in re.findall(r"([\w.\"]+)\(", flat)})
+            guilty = [r.name for r in session.rows(block("catalog", "not_immutable"), names=names)]
+            raise ExpressionRefused(
+                f"--text {given!r} cannot be indexed: {', '.join(f'{n}()' for n in guilty) or error.diag.message_primary}"
+                + (" is not IMMUTABLE" if guilty else ""),
+                why="The index that finds pending rows needs an IMMUTABLE expression."
+                + (" Use a || ' ' || b with coalesce(b, '') in place of concat_ws." if "concat_ws" in guilty else ""),
+            ) from None
+        session.execute("SELECT set_config('search_path', 'pg_catalog, pg_temp', true)")
+        stored = session.row(block("catalog", "canonical"))
+        assert stored is not None
+        type_name = session.value(
+            "SELECT format_type(atttypid, NULL) FROM pg_attribute WHERE attrelid = 'pg_temp.rv_scratch'::regclass AND attnum = 1"
+        )
+        session.execute("DROP TABLE pg_temp.r")
+    if type_name not in ("text", "character varying", "character"):
+        raise ExpressionRefused(
+            f"--text {given!r} gives {type_name}, not text", why="A model reads text.", hint=f"--text '({given})::text'"
+        )
+    if not stored.columns:
+        raise ExpressionRefused(
+            f"--text {given!r} reads no column of {table.name}", why="Every row would have the same text."
+        )
+    types = {c.name: c.type for c in table.columns}
+    return Text(given, stored.text or "", tuple((name, types[name]) for name in stored.columns))
+
+
+def _what_it_uses(plan: dict[str, object]) -> str:
+    text = str(plan)
+    if "InitPlan" in text or "SubPlan" in text or "Join" in text:
+        return "a sub-query"
+    if plan["Node Type"] == "WindowAgg":
+        return "a window function"
+    if plan["Node Type"] == "Aggregate":
+        return "an aggregate"
+    if "ProjectSet" in text:
+        return "a set-returning function"
+    return "more than one row or column"
+
+
+def dependents(
+    session: Session, table: Table, column: Column, ours: frozenset[int] = frozenset()
+) -> tuple[Dependent, ...]:
+    """Everything tied to the column that a rename would leave behind; its own vector indexes and NOT NULL aside.
+
+    `ours`: OIDs of indexes that the ledger knows as ours.
+    """
+    own = ours | {i.oid for i in table.indexes if i.covers_only(column)}
+    found: list[Dependent] = []
+    for row in session.rows(block("catalog", "dependents"), table=table.oid, column=column.number):
+        if (row.catalog == "pg_class" and row.oid in own) or row.constraint_type == "n":
+            continue
+        found.append(Dependent(row.description, "drop it, or recreate it without this column, before the upgrade"))
+    settings = session.row(block("catalog", "column_settings"), table=table.oid, column=column.number)
+    if settings is not None:
+        here = f"column {column.name}"
+        if settings.grants:
+            found.append(
+                Dependent(
+                    f"column grants on {here}: {settings.grants}",
+                    "grant on the table instead, and revoke the column grants",
+                )
+            )
+        if settings.statistics is not None:
+            found.append(
+                Dependent(
+                    f"statistics target {settings.statistics} on {here}",
+                    f"ALTER TABLE {table.name} ALTER {column.name} SET STATISTICS -1",
+                )
+            )
+        if settings.storage:
+            found.append(
+                Dependent(
+                    f"storage {settings.storage!r} on {here}",
+                    f"ALTER TABLE {table.name} ALTER {column.name} SET STORAGE EXTERNAL",
+                )
+            )
+        if settings.compression:
+            found.append(
+                Dependent(
+                    f"compression on {here}", f"ALTER TABLE {table.name} ALTER {column.name} SET COMPRESSION default"
+                )
+            )
+        if settings.options:
+            found.append(
+                Dependent(
+                    f"options {settings.options} on {here}", f"ALTER TABLE {table.name} ALTER {column.name} RESET (...)"
+                )
+            )
+    for publication in session.rows(block("catalog", "publications"), table=table.oid):
+        scope = "publishes every column of the table" if publication.columns is None else "publishes the vector column"
+        if publication.columns is None or column.number in publication.columns:
+            found.append(
+                Dependent(
+                    f"publication {publication.name} {scope}",
+                    "publish a column list without the vector column, and re-sync the subscribers",
+                )
+            )
+    return tuple(found)
+
+
+def functions_naming(session: Session, table: Table, column: Column) -> tuple[str, ...]:
+    """Functions whose bodies name both table and column: a warning, since PostgreSQL does not know of the tie."""
+    rows = session.rows(
+        block("catalog", "functions_naming"),
+        table_name=re.escape(table.name),
+        column_name=re.escape(column.name),
+    )
+    return tuple(row.name for row in rows)
+
+
+def sample_clause(table: Table, wanted: int) -> tuple[sql.SQL, float]:
+    """TABLESAMPLE method and percentage that give about twice the wanted rows without reading a large table whole."""
+    rows = max(table.estimated_rows, 0.0)
+    if rows < 50_000:
+        return sql.SQL("BERNOULLI"), 100.0 if rows < 4 * wanted else min(100.0, 300.0 * wanted / rows)
+    return sql.SQL("SYSTEM"), max(min(100.0, 300.0 * wanted / rows), 0.01)

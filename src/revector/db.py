@@ -1,0 +1,434 @@
+"""The one door to PostgreSQL: sessions that pin their own ground, named SQL, bounded waits, error translation."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Final, Literal, LiteralString, TypeVar, cast
+
+import psycopg
+from pgvector.psycopg import register_vector
+from psycopg import errors as pg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.rows import namedtuple_row
+
+from revector.errors import (
+    Interrupted,
+    KeyRejected,
+    PauseBudgetMissed,
+    Refused,
+    RevectorError,
+    ServerLost,
+    UsageError,
+)
+from revector.settings import Settings
+
+T = TypeVar("T")
+
+#: Longest wait + hold of one attempt at a lock that stalls the application, in milliseconds.
+PAUSE_BUDGET_MS: Final = 200
+#: Attempts at such a lock, with gaps under 400 ms between them.
+PAUSE_ATTEMPTS: Final = 5
+#: SQLSTATE that our own checks raise inside a message; the text is ours.
+OWN_SQLSTATE: Final = "RV001"
+
+Lock = Literal["steer", "windows", "follower"]
+#: First half of the two-part advisory key; the second half is the table's OID.
+_LOCK_CLASS: Final[dict[Lock, int]] = {"steer": 0x72760001, "windows": 0x72760002, "follower": 0x72760003}
+
+#: What every session of ours pins, whatever the role or the database sets as default.
+#: row_security = off: a policy that hides rows becomes an error, not a smaller table.
+_GROUND: Final = {
+    "search_path": "pg_catalog, pg_temp",
+    "default_transaction_isolation": "read committed",
+    "default_transaction_read_only": "off",
+    "row_security": "off",
+    "lock_timeout": "5s",
+    "statement_timeout": "0",
+    "idle_in_transaction_session_timeout": "5s",
+    "standard_conforming_strings": "on",
+    "extra_float_digits": "1",
+    "jit": "off",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One named SQL block of a `.sql` file."""
+
+    name: str
+    purpose: str
+    lock: str
+    text: LiteralString
+
+
+@cache
+def load_sql(name: str) -> dict[str, Block]:
+    """Read the named blocks of `src/revector/<name>.sql`.
+
+    A block starts with `-- name: x`, then a one-line purpose, then `-- lock: y`.
+    """
+    text = resources.files("revector").joinpath(f"{name}.sql").read_text(encoding="utf-8")
+    blocks: dict[str, Block] = {}
+    for part in re.split(r"^-- name: ", text, flags=re.MULTILINE)[1:]:
+        title, purpose, lock, body = part.split("\n", 3)
+        blocks[title.strip()] = Block(
+            title.strip(),
+            purpose.removeprefix("-- ").strip(),
+            lock.removeprefix("-- lock: ").strip(),
+            body.strip().removesuffix(";"),
+        )
+    return blocks
+
+
+def block(file: str, name: str, /, **parts: sql.Composable) -> sql.Composed:
+    """The block `name` of `file` with its `{placeholders}` filled by identifiers and composed SQL."""
+    return sql.SQL(load_sql(file)[name].text).format(**parts)
+
+
+def raw(text: str) -> sql.SQL:
+    """SQL text that the server itself has printed or parsed alone (a deparsed expression, a type name)."""
+    return sql.SQL(text)
+
+
+class Session:
+    """One connection of ours, in autocommit mode, on pinned ground."""
+
+    def __init__(self, connection: psycopg.Connection[Any], user_path: str) -> None:
+        self.connection = connection
+        #: The search_path that the role and database give; the user's names and expressions resolve in it.
+        self.user_path = user_path
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; its locks and temporary tables go with it."""
+        self.connection.close()
+
+    @property
+    def pid(self) -> int:
+        """The server process of this session."""
+        return self.connection.info.backend_pid
+
+    def rows(self, statement: sql.Composable | LiteralString, /, **params: object) -> Sequence[Any]:
+        """Run one statement and return its rows as named tuples (none for a statement without a result)."""
+        cursor = self._execute(statement, params)
+        return cursor.fetchall() if cursor.description else ()
+
+    def row(self, statement: sql.Composable | LiteralString, /, **params: object) -> Any | None:
+        """The first row, or None."""
+        cursor = self._execute(statement, params)
+        return cursor.fetchone() if cursor.description else None
+
+    def value(self, statement: sql.Composable | LiteralString, /, **params: object) -> Any:
+        """The first column of the first row, or None."""
+        row = self.row(statement, **params)
+        return row[0] if row else None
+
+    def alone(self, statement: sql.Composable) -> Any:
+        """The first value of a statement that contains the user's own SQL: the extended protocol takes exactly one."""
+        row = self.connection.execute(statement.as_string(self.connection), binary=True).fetchone()
+        return row[0] if row else None
+
+    def execute(self, statement: sql.Composable | LiteralString, /, **params: object) -> int:
+        """Run one statement and return the number of rows it touched."""
+        return self._execute(statement, params).rowcount
+
+    def _execute(self, statement: sql.Composable | LiteralString, params: dict[str, object]) -> psycopg.Cursor[Any]:
+        text = statement if isinstance(statement, str) else statement.as_string(self.connection)
+        if params:
+            # A `%` of a user's name or expression is text, not a placeholder of ours.
+            known = "|".join(map(re.escape, params))
+            text = re.sub(rf"%(?!\((?:{known})\)[sbt])", "%%", text)
+        return self.connection.execute(text, params or None, prepare=False)
+
+    def message(self, statements: Sequence[sql.Composable]) -> list[Any]:
+        """Send statements as one simple-protocol message; return the first row of each that returned rows.
+
+        One message means that no round trip, and no death of this client, can lengthen the locks inside it.
+        """
+        text = sql.SQL(";\n").join(statements).as_string(self.connection)
+        cursor = self.connection.execute(text)
+        rows: list[Any] = []
+        while True:
+            if cursor.description:
+                rows.append(cursor.fetchone())
+            if not cursor.nextset():
+                return rows
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """A transaction of this session (a savepoint inside another)."""
+        with self.connection.transaction():
+            yield
+
+    def try_lock(self, lock: Lock, table: int, *, shared: bool = False) -> bool:
+        """Take a session advisory lock of this table if it is free."""
+        function = "pg_try_advisory_lock_shared" if shared else "pg_try_advisory_lock"
+        return bool(
+            self.value(
+                sql.SQL("SELECT {}(%(class)s::int, %(table)s::oid::bigint::bit(32)::int)").format(
+                    sql.Identifier(function)
+                ),
+                **{"class": _LOCK_CLASS[lock], "table": table},
+            )
+        )
+
+    def wait_lock(self, lock: Lock, table: int, *, seconds: float) -> bool:
+        """Take an exclusive session advisory lock, trying for so many seconds."""
+        deadline = time.monotonic() + seconds
+        while not self.try_lock(lock, table):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        return True
+
+    def unlock(self, lock: Lock, table: int, *, shared: bool = False) -> None:
+        """Give a session advisory lock back."""
+        function = "pg_advisory_unlock_shared" if shared else "pg_advisory_unlock"
+        self.execute(
+            sql.SQL("SELECT {}(%(class)s::int, %(table)s::oid::bigint::bit(32)::int)").format(sql.Identifier(function)),
+            **{"class": _LOCK_CLASS[lock], "table": table},
+        )
+
+    def holder(self, lock: Lock, table: int) -> int | None:
+        """The process id of the session that holds an advisory lock of this table, if any."""
+        return cast(
+            "int | None",
+            self.value(
+                "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2"
+                " AND classid = %(class)s::bigint AND objid = %(table)s::oid"
+                " AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) LIMIT 1",
+                **{"class": _LOCK_CLASS[lock], "table": table},
+            ),
+        )
+
+
+class Database:
+    """Where the sessions come from. Holds the connection string; never prints it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._conninfo = settings.database_url.get_secret_value()
+        self._checked_for_pooler = False
+
+    def connect(self, purpose: str = "steer", **ground: str) -> Session:
+        """Open a session on pinned ground; `ground` overrides or adds settings.
+
+        Raises `ServerLost` (unreachable), `KeyRejected` (wrong password or role), `UsageError` (no such database).
+        """
+        try:
+            connection: psycopg.Connection[Any] = psycopg.connect(
+                self._conninfo,
+                autocommit=True,
+                prepare_threshold=None,
+                row_factory=namedtuple_row,
+                application_name=f"revector {purpose}",
+                fallback_application_name="revector",
+                connect_timeout=conninfo_to_dict(self._conninfo).get("connect_timeout", 10),
+                client_encoding="utf8",
+            )
+        except psycopg.ProgrammingError:
+            raise UsageError(
+                "DATABASE_URL is not a connection string",
+                why="Expected postgresql://user:password@host:5432/database, or libpq keywords such as 'dbname=x host=y'.",
+                hint="correct DATABASE_URL in the environment or .env",
+            ) from None
+        except psycopg.OperationalError as error:
+            raise _connect_error(error) from None
+        user_path = _one(connection, "SHOW search_path")
+        settings = {**_GROUND, **ground}
+        if connection.info.server_version < 150000:
+            version = connection.info.parameter_status("server_version")
+            connection.close()
+            raise Refused(
+                f"PostgreSQL {version} is too old: revector needs 15 or newer",
+                why="Views without security_invoker (new in 15) would leak columns and bypass row level security.",
+                hint="upgrade the server, or point DATABASE_URL at another",
+            )
+        pairs = sql.SQL(", ").join(sql.SQL("({}, {})").format(name, value) for name, value in settings.items())
+        connection.execute(
+            sql.SQL("SELECT set_config(name, value, false) FROM (VALUES {}) AS v (name, value)").format(pairs)
+        )
+        session = Session(connection, user_path)
+        if not self._checked_for_pooler:
+            self._refuse_pooler(connection)
+            self._checked_for_pooler = True
+        return session
+
+    def _refuse_pooler(self, connection: psycopg.Connection[Any]) -> None:
+        """Refuse a transaction pooler: session locks and settings would silently land in other sessions.
+
+        A pooler hands out a process id of its own; when it differs from the server's, a second client that holds
+        transactions open shows whether the server session stays ours.
+        """
+        first = _one(connection, "SELECT pg_backend_pid()")
+        if first == connection.info.backend_pid:
+            return
+        others: list[psycopg.Connection[Any]] = []
+        try:
+            for _ in range(3):
+                other = psycopg.connect(self._conninfo, row_factory=namedtuple_row, prepare_threshold=None)
+                others.append(other)
+                shared = _one(other, "SELECT pg_backend_pid()") == first
+                if shared or _one(connection, "SELECT pg_backend_pid()") != first:
+                    raise Refused(
+                        "this address is a transaction pooler",
+                        why="revector holds session locks and settings, which a transaction pooler hands to other clients.",
+                        hint="set DATABASE_URL to the direct (not pooled) address of the database",
+                    )
+        finally:
+            for other in others:
+                other.close()
+
+    def pause(
+        self,
+        session: Session,
+        table: sql.Composable,
+        statements: Sequence[sql.Composable],
+        *,
+        settle: bool = False,
+        budget_ms: int = PAUSE_BUDGET_MS,
+        attempts: int = PAUSE_ATTEMPTS,
+        observe: Callable[[str], None] = lambda _: None,
+    ) -> Pause:
+        """Run `statements` under ACCESS EXCLUSIVE on `table` within the pause budget, or change nothing.
+
+        With `settle`, SHARE UPDATE EXCLUSIVE is taken first (it cancels autovacuum and blocks nobody) and kept
+        between attempts. Each attempt, SAVEPOINT to COMMIT, is one message. Raises `PauseBudgetMissed`.
+        """
+        begin: list[sql.Composable] = [
+            sql.SQL("BEGIN"),
+            sql.SQL("SET LOCAL idle_in_transaction_session_timeout = '2s'"),
+        ]
+        if settle:
+            begin += [
+                sql.SQL("SET LOCAL lock_timeout = '5s'"),
+                sql.SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(table),
+            ]
+        clock = sql.SQL("SELECT clock_timestamp()")
+        attempt: list[sql.Composable] = [
+            sql.SQL("SAVEPOINT attempt"),
+            sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{budget_ms}ms")),
+            sql.SQL("SET LOCAL statement_timeout = {}").format(sql.Literal(f"{budget_ms}ms")),
+            clock,
+            sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(table),
+            clock,
+            *statements,
+            clock,
+            sql.SQL("COMMIT"),
+        ]
+        try:
+            session.message(begin)
+            for number in range(1, attempts + 1):
+                sent = time.monotonic()
+                try:
+                    clocks = [row[0] for row in session.message(attempt) if hasattr(row, "clock_timestamp")]
+                except (pg.LockNotAvailable, pg.QueryCanceled):
+                    stalled = (time.monotonic() - sent) * 1000
+                    session.message([sql.SQL("ROLLBACK TO attempt")])
+                    observe(f"attempt {number} of {attempts}: the table was busy for {stalled:.0f} ms; nothing changed")
+                    if number < attempts:
+                        time.sleep(random.uniform(0.1, 0.35))
+                    continue
+                total = (time.monotonic() - sent) * 1000
+                wait, hold = ((b - a).total_seconds() * 1000 for a, b in zip(clocks, clocks[1:], strict=False))
+                return Pause(total, wait, hold, number)
+        except pg.LockNotAvailable:
+            pass
+        finally:
+            if not session.connection.closed and session.connection.info.transaction_status != 0:
+                session.connection.rollback()
+        raise PauseBudgetMissed(
+            f"no attempt of {attempts} got the lock within {budget_ms} ms",
+            why="Another transaction holds the table: a long statement, an open transaction or VACUUM. Nothing changed.",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """What one short lock cost."""
+
+    #: Sending to commit as this client saw it, in ms: the upper bound of what anyone waited for us.
+    total_ms: float
+    #: Waiting for the lock, in ms, by the server's clock.
+    wait_ms: float
+    #: Holding it up to the commit, in ms, by the server's clock.
+    hold_ms: float
+    #: Which attempt succeeded.
+    attempt: int
+
+
+def register_vectors(session: Session) -> None:
+    """Teach the session's connection pgvector's types, whichever schema the extension lives in."""
+    schema = session.value(
+        "SELECT nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = extnamespace WHERE extname = 'vector'"
+    )
+    with session.transaction():
+        session.execute(sql.SQL("SET LOCAL search_path = {}, pg_catalog").format(sql.Identifier(schema)))
+        register_vector(session.connection)
+
+
+def _one(connection: psycopg.Connection[Any], query: LiteralString) -> Any:
+    row = connection.execute(query).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def _connect_error(error: psycopg.OperationalError) -> RevectorError:
+    text = str(error)
+    target = "set DATABASE_URL in the environment or .env, or libpq's PGHOST, PGPORT, PGUSER, PGDATABASE"
+    if re.search(
+        r"password authentication failed|no password supplied|authentication failed|no pg_hba.conf entry", text
+    ):
+        return KeyRejected(
+            "the database rejected the user or the password", why="Nothing was read or changed.", hint=target
+        )
+    if match := re.search(r'(database|role) "([^"]*)" does not exist', text):
+        return UsageError(f"{match[1]} {match[2]!r} does not exist on this server", hint=target)
+    reason = re.sub(r"(password|user)=\S+", r"\1=***", text.strip().splitlines()[-1])
+    return ServerLost(
+        "the database cannot be reached", why=f"libpq says: {reason}", hint=f"start the server, or {target}"
+    )
+
+
+@contextmanager
+def translated(command: str = "") -> Iterator[None]:
+    """Turn PostgreSQL's errors into ours where we can say something better; `command` is the next one to give."""
+    again = command and f"the same command again: {command}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(why="Nothing is lost.", hint=again) from None
+    except (pg.AdminShutdown, pg.CrashShutdown, pg.CannotConnectNow, pg.IdleInTransactionSessionTimeout) as error:
+        raise ServerLost("the database went away", why=_first_line(error), hint=again) from error
+    except (pg.LockNotAvailable, pg.DeadlockDetected, pg.QueryCanceled) as error:
+        raise PauseBudgetMissed(why=_first_line(error), hint=again) from error
+    except (pg.DiskFull, pg.OutOfMemory, pg.TooManyConnections) as error:
+        raise ServerLost(f"the server is out of resources: {_first_line(error)}", hint=again) from error
+    except pg.InsufficientPrivilege as error:
+        raise Refused(
+            f"missing right: {_first_line(error)}",
+            why="Nothing of this step was changed.",
+            hint="run as the table's owner, who needs CREATE on the database once: GRANT CREATE ON DATABASE ... TO ...",
+        ) from error
+    except psycopg.Error as error:
+        if error.sqlstate == OWN_SQLSTATE:
+            raise Refused(_first_line(error), why="Nothing was changed.", hint=again) from error
+        if error.sqlstate is None or error.sqlstate.startswith(("08", "57")):
+            raise ServerLost("the connection to the database was lost", why=_first_line(error), hint=again) from error
+        raise
+
+
+def _first_line(error: psycopg.Error) -> str:
+    return (error.diag.message_primary or str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,408 @@
+"""The ledger in schema `revector`: stages and transitions, generations, windows, failures, heartbeats, events."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Final
+
+from psycopg import errors as pg
+from psycopg import sql
+from psycopg.types.json import Jsonb
+
+from revector.db import Session, block
+from revector.embed.spec import Identity
+from revector.errors import Refused
+from revector.plan import Plan
+
+#: The ledger version that this program writes. Version n is reached by the block `upgrade_to_<n>` of ledger.sql.
+VERSION: Final = 1
+#: Key of the transaction lock under which the ledger is created and upgraded.
+_LEDGER_LOCK: Final = 0x72760000
+
+
+class Stage(StrEnum):
+    """What has been proven true so far."""
+
+    PLANNED = "PLANNED"
+    EXPANDED = "EXPANDED"
+    BACKFILLED = "BACKFILLED"
+    INDEXED = "INDEXED"
+    VERIFIED = "VERIFIED"
+    SERVED = "SERVED"
+    CUT_OVER = "CUT_OVER"
+    FINALIZED = "FINALIZED"
+    ABORTED = "ABORTED"
+
+    @property
+    def closed(self) -> bool:
+        """Whether the migration is over."""
+        return self in (Stage.FINALIZED, Stage.ABORTED)
+
+    @property
+    def running(self) -> bool:
+        """Whether `run` has work left to do."""
+        return _ORDER.index(self) < _ORDER.index(Stage.VERIFIED)
+
+    def reached(self, other: Stage) -> bool:
+        """Whether `other` is proven already (on the way forward)."""
+        return _ORDER.index(self) >= _ORDER.index(other)
+
+
+_ORDER = [
+    Stage.PLANNED, Stage.EXPANDED, Stage.BACKFILLED, Stage.INDEXED, Stage.VERIFIED, Stage.SERVED, Stage.CUT_OVER,
+    Stage.FINALIZED, Stage.ABORTED,
+]  # fmt: skip
+
+#: command -> the stages from which it may be given.
+TRANSITIONS: Final[dict[str, tuple[Stage, ...]]] = {
+    "run": (Stage.PLANNED, Stage.EXPANDED, Stage.BACKFILLED, Stage.INDEXED, Stage.VERIFIED, Stage.SERVED),
+    "cutover": (Stage.VERIFIED, Stage.SERVED),
+    "rollback": (Stage.CUT_OVER,),
+    "abort": (Stage.PLANNED, Stage.EXPANDED, Stage.BACKFILLED, Stage.INDEXED, Stage.VERIFIED, Stage.SERVED),
+    "finalize": (Stage.CUT_OVER,),
+}
+
+#: stage -> the command that leads on.
+NEXT: Final[dict[Stage, str]] = {
+    Stage.PLANNED: "run",
+    Stage.EXPANDED: "run",
+    Stage.BACKFILLED: "run",
+    Stage.INDEXED: "run",
+    Stage.VERIFIED: "cutover",
+    Stage.SERVED: "cutover",
+    Stage.CUT_OVER: "finalize",
+    Stage.FINALIZED: "plan",
+    Stage.ABORTED: "plan",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LiveGeneration:
+    """A registered live generation."""
+
+    number: int
+    attnum: int
+    text: str
+    model: Identity
+    column: str
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationRow:
+    """One migration as the ledger holds it."""
+
+    id: int
+    table_oid: int
+    plan: Plan
+    fingerprint: str
+    stage: Stage
+    closing: str | None
+    batch_size: int
+    verified: dict[str, Any] | None
+    facts: dict[str, Any]
+    opened: datetime
+    changed: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of the log."""
+
+    id: int
+    at: datetime
+    who: str
+    step: str
+    figures: dict[str, Any]
+    migration: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A text that a model refuses."""
+
+    text_hash: int
+    kind: str
+    error: str
+
+
+def exists(session: Session) -> bool:
+    """Whether this database has a ledger."""
+    return session.value("SELECT to_regclass('revector.ledger') IS NOT NULL") is True
+
+
+def version(session: Session) -> int | None:
+    """The version of this database's ledger; None: there is none."""
+    return int(session.value(block("ledger", "version"))) if exists(session) else None
+
+
+def require(session: Session) -> None:
+    """Refuse a ledger that a newer program has upgraded."""
+    present = version(session)
+    if present is not None and present > VERSION:
+        raise Refused(
+            f"the ledger in this database has version {present}; this program knows {VERSION}",
+            why="A newer revector has upgraded it. Nothing was changed.",
+            hint="pip install --upgrade revector",
+        )
+
+
+def ensure(session: Session, upgrades: Sequence[sql.Composable] = ()) -> None:
+    """Create the ledger, or upgrade it to this program's version, in one transaction.
+
+    `upgrades` are the statements from version 1 on, one a version; the default is what this program knows.
+    """
+    target = VERSION + len(upgrades)
+    with session.transaction():
+        session.execute("SELECT pg_advisory_xact_lock(%(key)s)", key=_LEDGER_LOCK)
+        present = version(session)
+        if present is None:
+            try:
+                session.message([block("ledger", "create")])
+            except pg.DuplicateSchema:
+                raise Refused(
+                    "this database has a schema named revector that is not ours",
+                    why="The ledger needs that name. Nothing was changed.",
+                    hint="rename that schema",
+                ) from None
+            present = 1
+        if present > target:
+            require(session)
+        for number in range(present + 1, target + 1):
+            session.execute(upgrades[number - VERSION - 1])
+            session.execute(block("ledger", "set_version"), version=number)
+
+
+class Ledger:
+    """The ledger of one table, through one session."""
+
+    def __init__(self, session: Session, table: int) -> None:
+        self.session = session
+        self.table = table
+        #: Id of the migration that events belong to; None before there is one.
+        self.migration: int | None = None
+
+    def _rows(self, name: str, /, **params: object) -> Sequence[Any]:
+        return self.session.rows(block("ledger", name), **params)
+
+    def _run(self, name: str, /, **params: object) -> None:
+        self.session.execute(block("ledger", name), **params)
+
+    def live(self, column: str | None = None) -> LiveGeneration | None:
+        """The live generation (of that vector column, or of the only one)."""
+        rows = self._rows("live", table=self.table, column=column)
+        if not rows or (column is None and len({r.attnum for r in rows}) > 1):
+            return None
+        row = rows[0]
+        return LiveGeneration(row.number, row.attnum, row.text_given, Identity.from_json(row.model), row.column_name)
+
+    def latest(self) -> MigrationRow | None:
+        """The open migration, else the last closed one."""
+        rows = self._rows("opened", table=self.table)
+        if not rows:
+            return None
+        row = rows[0]
+        self.migration = row.id
+        return MigrationRow(**{**row._asdict(), "plan": Plan.from_json(row.plan), "stage": Stage(row.stage)})
+
+    def next_number(self) -> int:
+        """The number of the next generation."""
+        return int(self._rows("next_number", table=self.table)[0].number)
+
+    def attnum(self, number: int) -> int | None:
+        """The attribute number of a generation's column."""
+        rows = self._rows("attnum", table=self.table, number=number)
+        return rows[0].attnum if rows else None
+
+    def register(self, number: int, attnum: int | None, text: str, model: Identity, *, live: bool) -> None:
+        """Remember a generation."""
+        self._run(
+            "register", table=self.table, number=number, attnum=attnum, text=text, model=Jsonb(model.to_json()), live=live
+        )
+
+    def open(self, plan: Plan, batch_size: int, rate: float | None) -> MigrationRow:
+        """Open a migration at PLANNED, and register its live generation; `rate`: documents a second, as measured."""
+        with self.session.transaction():
+            attnum = self.session.value(
+                "SELECT attnum FROM pg_attribute WHERE attrelid = %(table)s::oid AND attname = %(name)s AND NOT attisdropped",
+                table=self.table,
+                name=plan.column,
+            )
+            self.register(plan.old.number, attnum, plan.text, plan.old.model, live=True)
+            self.migration = self._rows(
+                "open", table=self.table, plan=Jsonb(plan.to_json()), fingerprint=plan.fingerprint(), batch_size=batch_size
+            )[0].id
+            if rate:
+                self.remember(rate=rate)
+            self.event("plan", {"old": plan.old.model.model, "new": plan.new.model.model, "fingerprint": plan.fingerprint()})
+        row = self.latest()
+        assert row is not None
+        return row
+
+    def settle(self, plan: Plan, batch_size: int) -> None:
+        """Record consents given later, and the batch size."""
+        self._run("settle", migration=self.migration, plan=Jsonb(plan.to_json()), batch_size=batch_size)
+
+    def remember(self, **facts: object) -> None:
+        """Keep facts that later steps need."""
+        self._run("remember", migration=self.migration, facts=Jsonb(facts))
+
+    def event(self, step: str, figures: dict[str, Any] | None = None) -> None:
+        """Append an event."""
+        self._run("event", table=self.table, migration=self.migration, step=step, figures=Jsonb(figures or {}))
+
+    def record(self, step: str, figures: dict[str, Any], stage: str | None = None) -> None:
+        """Append a step's event and, with it, the stage that it proves."""
+        with self.session.transaction():
+            if stage:
+                self._run("advance", migration=self.migration, stage=stage)
+            self.event(step, figures)
+
+    def record_sql(self, step: str, figures: dict[str, Any], stage: str | None = None, closing: str | None = None) -> list[sql.Composable]:
+        """What `record` does, as statements for a message that also holds the effect."""
+        assert self.migration is not None
+        statements: list[sql.Composable] = []
+        if stage or closing:
+            statements.append(
+                sql.SQL("UPDATE revector.migrations SET stage = coalesce({}, stage), closing = {}, changed = now() WHERE id = {}").format(
+                    sql.Literal(stage), sql.Literal(closing), sql.Literal(self.migration)
+                )
+            )
+        statements.append(
+            sql.SQL("INSERT INTO revector.events (table_oid, migration, step, figures) VALUES ({}::oid, {}, {}, {})").format(
+                sql.Literal(self.table), sql.Literal(self.migration), sql.Literal(step), sql.Literal(Jsonb(figures))
+            )
+        )
+        return statements
+
+    def guard_sql(self, stages: Iterable[str], closing: str | None = None) -> sql.Composable:
+        """A statement that fails unless the migration is still where this command saw it."""
+        assert self.migration is not None
+        body = sql.SQL(
+            "BEGIN IF NOT EXISTS (SELECT FROM revector.migrations WHERE id = {} AND stage = ANY ({}) AND closing IS NOT DISTINCT FROM {})"
+            " THEN RAISE EXCEPTION 'another command has moved this migration on' USING ERRCODE = 'RV001'; END IF; END"
+        ).format(sql.Literal(self.migration), sql.Literal(list(map(str, stages))), sql.Literal(closing))
+        return sql.SQL("DO {}").format(sql.Literal(body.as_string(self.session.connection)))
+
+    def own(self, kind: str, name: str, oid: int, generation: int | None = None) -> None:
+        """Remember an object as ours."""
+        self._run("own", migration=self.migration, kind=kind, name=name, oid=oid, generation=generation)
+
+    def disown(self, kind: str, name: str) -> None:
+        """Forget an object."""
+        self._run("disown", migration=self.migration, kind=kind, name=name)
+
+    def owned(self) -> dict[tuple[str, str], int]:
+        """The objects that are ours: (kind, name) -> OID."""
+        if self.migration is None:
+            return {}
+        return {(r.kind, r.name): r.oid for r in self._rows("owned", migration=self.migration)}
+
+    def events(self, limit: int = 1000) -> list[Event]:
+        """The table's events, oldest first."""
+        return [Event(**r._asdict()) for r in reversed(self._rows("events", table=self.table, limit=limit))]
+
+    def make_windows(self, sweep: int, blocks: int, end: int) -> None:
+        """Cut blocks 0..end into windows."""
+        self._run("make_windows", migration=self.migration, sweep=sweep, blocks=blocks, end=end)
+
+    def sweep_state(self, sweep: int) -> tuple[int, int, int]:
+        """(windows, windows done, rows written) of a sweep."""
+        row = self._rows("has_windows", migration=self.migration, sweep=sweep)[0]
+        return row.windows, row.done, row.written
+
+    def release_leases(self) -> None:
+        """Give back leases of processes that no longer live."""
+        self._run("release_leases", migration=self.migration)
+
+    def failures(self, generation: int) -> dict[int, Failure]:
+        """The texts that this generation's model refuses, by hash."""
+        rows = self._rows("failed", migration=self.migration, generation=generation)
+        return {r.text_hash: Failure(r.text_hash, r.kind, r.error) for r in rows}
+
+    def fail(self, generation: int, text_hash: int, kind: str, error: str) -> None:
+        """Record a text that a model refuses."""
+        self._run(
+            "fail", migration=self.migration, generation=generation, text_hash=text_hash, kind=kind, error=error[:500]
+        )
+
+    def lease(self, sweep: int, holder: str) -> tuple[int, int] | None:
+        """Take the next free window: its first block and the one after its last."""
+        rows = self._rows("lease", migration=self.migration, sweep=sweep, holder=holder)
+        return (rows[0].lo, rows[0].hi) if rows else None
+
+    def beat_leases(self, holder: str) -> None:
+        """Say that this holder's windows are being worked on."""
+        self._run("beat_leases", migration=self.migration, holder=holder)
+
+    def window_done(self, sweep: int, lo: int, written: int, hot: int) -> None:
+        """A window is written."""
+        self._run("window_done", migration=self.migration, sweep=sweep, lo=lo, written=written, hot=hot)
+
+    def expand_sql(self, plan: Plan) -> list[sql.Composable]:
+        """The candidate and the objects that expand made, as statements for the same message."""
+        table, migration = sql.Literal(plan.table_oid), sql.Literal(self.migration)
+        functions = sql.Literal([plan.function, plan.text_function])
+        return [
+            sql.SQL(
+                "INSERT INTO revector.generations (table_oid, number, attnum, text_given, model, live)"
+                " SELECT attrelid, {}, attnum, {}, {}, false FROM pg_attribute WHERE attrelid = {}::oid AND attname = {}"
+            ).format(
+                sql.Literal(plan.new.number), sql.Literal(plan.text), sql.Literal(Jsonb(plan.new.model.to_json())), table, sql.Literal(plan.new.column)
+            ),
+            sql.SQL(
+                "INSERT INTO revector.objects (migration, kind, name, oid)"
+                " SELECT {}, 'function', proname, oid FROM pg_proc"
+                " WHERE pronamespace = 'revector'::regnamespace AND proname = ANY ({})"
+                " UNION ALL SELECT {}, 'trigger', tgname, oid FROM pg_trigger WHERE tgrelid = {}::oid AND tgname = {}"
+            ).format(migration, functions, migration, table, sql.Literal(plan.trigger)),
+        ]
+
+    def retire_sql(self, generation: int) -> list[sql.Composable]:
+        """Statements that mark a generation as gone."""
+        return [
+            sql.SQL("UPDATE revector.generations SET attnum = NULL, live = false, retired = now() WHERE table_oid = {}::oid AND number = {}").format(
+                sql.Literal(self.table), sql.Literal(generation)
+            )
+        ]
+
+    def retry_failures(self) -> None:
+        """Forget refusals, so that a new run tries them again."""
+        self._run("retry_failures", migration=self.migration)
+
+    def followers(self) -> int:
+        """Active followers alive by the server's clock."""
+        return int(self._rows("followers", table=self.table)[0].alive)
+
+    def beat(self, worker: str, pid: int, *, active: bool) -> None:
+        """Say that a follower lives."""
+        self._run("beat", worker=worker, table=self.table, active=active, pid=pid, host=socket.gethostname())
+
+    def gone(self, worker: str) -> None:
+        """Say that a follower stopped."""
+        self._run("gone", worker=worker)
+
+    def check_transition(self, command: str, row: MigrationRow | None, name: str) -> MigrationRow:
+        """Refuse a command that does not fit the stage, naming the next one."""
+        if row is None:
+            raise Refused(
+                f"{name}: no migration has been started", why="Nothing was changed.", hint=f"revector plan {name} --to MODEL"
+            )
+        if row.closing and row.closing != command and not row.stage.closed:
+            raise Refused(
+                f"{name}: {row.closing} has begun and must be completed",
+                why=f"The trigger is gone since then, so {command} could lose writes.",
+                hint=f"revector {row.closing} {name}",
+            )
+        if row.stage not in TRANSITIONS[command]:
+            live = row.plan.new if row.stage in (Stage.CUT_OVER, Stage.FINALIZED) else row.plan.old
+            tail = " --to MODEL" if row.stage.closed else ""
+            raise Refused(
+                f"{name}: {command} is not possible at {row.stage}",
+                why=f"It is possible at {', '.join(TRANSITIONS[command])}. {live.model.model} answers. Nothing was changed.",
+                hint=f"revector {NEXT[row.stage]} {name}{tail}",
+            )
+        return row

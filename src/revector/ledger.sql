@@ -1,0 +1,227 @@
+-- name: version
+-- The ledger's version.
+-- lock: none
+SELECT version FROM revector.ledger;
+
+-- name: create
+-- Version 1: everything revector remembers. USAGE for PUBLIC lets writers' triggers call the text function; no table is granted.
+-- lock: none
+CREATE SCHEMA revector;
+GRANT USAGE ON SCHEMA revector TO PUBLIC;
+CREATE TABLE revector.ledger (
+    version int NOT NULL, one bool PRIMARY KEY DEFAULT true CHECK (one),
+    updated timestamptz NOT NULL DEFAULT now());
+INSERT INTO revector.ledger (version) VALUES (1);
+CREATE TABLE revector.generations (
+    table_oid oid NOT NULL, number int NOT NULL, attnum int, text_given text NOT NULL, model jsonb NOT NULL,
+    live bool NOT NULL, retired timestamptz,
+    PRIMARY KEY (table_oid, number));
+CREATE UNIQUE INDEX one_live_generation ON revector.generations (table_oid, attnum) WHERE live;
+CREATE TABLE revector.migrations (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, table_oid oid NOT NULL, plan jsonb NOT NULL,
+    fingerprint text NOT NULL, stage text NOT NULL, closing text, batch_size int NOT NULL,
+    verified jsonb, facts jsonb NOT NULL DEFAULT '{{}}',
+    opened timestamptz NOT NULL DEFAULT now(), changed timestamptz NOT NULL DEFAULT now());
+CREATE UNIQUE INDEX one_open_migration ON revector.migrations (table_oid) WHERE stage NOT IN ('ABORTED', 'FINALIZED');
+CREATE TABLE revector.objects (
+    migration bigint NOT NULL, kind text NOT NULL, name text NOT NULL, oid oid NOT NULL, generation int,
+    PRIMARY KEY (migration, kind, name));
+CREATE TABLE revector.windows (
+    migration bigint NOT NULL, sweep int NOT NULL, lo bigint NOT NULL, hi bigint NOT NULL,
+    holder text, heartbeat timestamptz, done timestamptz, written int, hot int,
+    PRIMARY KEY (migration, sweep, lo));
+CREATE TABLE revector.failures (
+    migration bigint NOT NULL, generation int NOT NULL, text_hash bigint NOT NULL, kind text NOT NULL,
+    error text NOT NULL, at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (migration, generation, text_hash));
+CREATE TABLE revector.heartbeats (
+    worker uuid PRIMARY KEY, table_oid oid NOT NULL, kind text NOT NULL, active bool NOT NULL, pid int NOT NULL,
+    host text NOT NULL, at timestamptz NOT NULL DEFAULT now());
+CREATE TABLE revector.events (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, table_oid oid NOT NULL, migration bigint,
+    at timestamptz NOT NULL DEFAULT clock_timestamp(), who text NOT NULL DEFAULT session_user,
+    step text NOT NULL, figures jsonb NOT NULL DEFAULT '{{}}');
+CREATE INDEX ON revector.events (table_oid, id);
+
+-- name: set_version
+-- Record an upgrade of the ledger.
+-- lock: none
+UPDATE revector.ledger SET version = %(version)s, updated = now();
+
+-- name: live
+-- The live generation of a table's vector column.
+-- lock: none
+SELECT g.number, g.attnum, g.text_given, g.model, a.attname AS column_name
+  FROM revector.generations g
+  JOIN pg_attribute a ON a.attrelid = g.table_oid AND a.attnum = g.attnum AND NOT a.attisdropped
+ WHERE g.table_oid = %(table)s::oid AND g.live AND (%(column)s::text IS NULL OR a.attname = %(column)s)
+ ORDER BY g.number;
+
+-- name: attnum
+-- The attribute number of a generation's column.
+-- lock: none
+SELECT attnum FROM revector.generations WHERE table_oid = %(table)s::oid AND number = %(number)s;
+
+-- name: next_number
+-- The first generation number that this table has not used; at least 2, for the live one is 1 before it is registered.
+-- lock: none
+SELECT coalesce(max(number), 1) + 1 AS number FROM revector.generations WHERE table_oid = %(table)s::oid;
+
+-- name: register
+-- Remember a generation.
+-- lock: none
+INSERT INTO revector.generations (table_oid, number, attnum, text_given, model, live)
+VALUES (%(table)s::oid, %(number)s, %(attnum)s, %(text)s, %(model)s, %(live)s)
+ON CONFLICT (table_oid, number) DO UPDATE SET attnum = excluded.attnum, text_given = excluded.text_given, model = excluded.model, live = excluded.live;
+
+-- name: open
+-- Open a migration.
+-- lock: none
+INSERT INTO revector.migrations (table_oid, plan, fingerprint, stage, batch_size)
+VALUES (%(table)s::oid, %(plan)s, %(fingerprint)s, 'PLANNED', %(batch_size)s) RETURNING id;
+
+-- name: opened
+-- The open migration of a table, else its last one.
+-- lock: none
+SELECT id, table_oid, plan, fingerprint, stage, closing, batch_size, verified, facts, opened, changed
+  FROM revector.migrations WHERE table_oid = %(table)s::oid ORDER BY id DESC LIMIT 1;
+
+-- name: all_open
+-- Every open migration, with its table's present name.
+-- lock: none
+SELECT m.id, m.table_oid, c.oid::regclass::text AS name, m.stage, m.closing
+  FROM revector.migrations m LEFT JOIN pg_class c ON c.oid = m.table_oid
+ WHERE m.stage NOT IN ('ABORTED', 'FINALIZED') ORDER BY m.id;
+
+-- name: known_tables
+-- Every table with a live generation or a migration.
+-- lock: none
+SELECT DISTINCT c.oid FROM pg_class c
+ WHERE c.oid IN (SELECT table_oid FROM revector.generations WHERE live UNION SELECT table_oid FROM revector.migrations)
+ ORDER BY 1;
+
+-- name: advance
+-- Move a migration to a stage.
+-- lock: none
+UPDATE revector.migrations SET stage = %(stage)s, changed = now() WHERE id = %(migration)s;
+
+-- name: settle
+-- Replace the plan (consents), and the settings outside its fingerprint.
+-- lock: none
+UPDATE revector.migrations SET plan = %(plan)s, batch_size = %(batch_size)s WHERE id = %(migration)s;
+
+-- name: remember
+-- Keep facts that later steps need.
+-- lock: none
+UPDATE revector.migrations SET facts = facts || %(facts)s WHERE id = %(migration)s;
+
+-- name: own
+-- Remember an object as ours, by OID.
+-- lock: none
+INSERT INTO revector.objects (migration, kind, name, oid, generation)
+VALUES (%(migration)s, %(kind)s, %(name)s, %(oid)s::oid, %(generation)s)
+ON CONFLICT (migration, kind, name) DO UPDATE SET oid = excluded.oid;
+
+-- name: disown
+-- Forget an object.
+-- lock: none
+DELETE FROM revector.objects WHERE migration = %(migration)s AND kind = %(kind)s AND name = %(name)s;
+
+-- name: owned
+-- The objects that are ours.
+-- lock: none
+SELECT kind, name, oid, generation FROM revector.objects WHERE migration = %(migration)s ORDER BY kind, name;
+
+-- name: event
+-- Append one event.
+-- lock: none
+INSERT INTO revector.events (table_oid, migration, step, figures)
+VALUES (%(table)s::oid, %(migration)s, %(step)s, %(figures)s);
+
+-- name: events
+-- The events of a table, oldest first.
+-- lock: none
+SELECT id, at, who, step, figures, migration FROM revector.events
+ WHERE table_oid = %(table)s::oid ORDER BY id DESC LIMIT %(limit)s;
+
+-- name: make_windows
+-- Cut the table's blocks into windows, once a sweep.
+-- lock: none
+INSERT INTO revector.windows (migration, sweep, lo, hi)
+SELECT %(migration)s, %(sweep)s, lo, least(lo + %(blocks)s, %(end)s)
+  FROM generate_series(0, greatest(%(end)s::bigint - 1, 0), %(blocks)s::bigint) AS lo
+ON CONFLICT DO NOTHING;
+
+-- name: has_windows
+-- Whether a sweep has been cut, and whether all of it is done.
+-- lock: none
+SELECT count(*) AS windows, count(done) AS done, coalesce(sum(written), 0) AS written FROM revector.windows
+ WHERE migration = %(migration)s AND sweep = %(sweep)s;
+
+-- name: lease
+-- Take the next window that nobody holds, or whose holder has not been heard of for 30 s.
+-- lock: none
+UPDATE revector.windows w SET holder = %(holder)s, heartbeat = clock_timestamp()
+ WHERE (migration, sweep, lo) = (
+       SELECT migration, sweep, lo FROM revector.windows
+        WHERE migration = %(migration)s AND sweep = %(sweep)s AND done IS NULL
+          AND (holder IS NULL OR heartbeat < clock_timestamp() - interval '30 s')
+        ORDER BY lo LIMIT 1 FOR UPDATE SKIP LOCKED)
+RETURNING w.lo, w.hi;
+
+-- name: release_leases
+-- Give back what a process that no longer lives had taken; the caller holds `steer`, and no worker holds `windows`.
+-- lock: none
+UPDATE revector.windows SET holder = NULL WHERE migration = %(migration)s AND done IS NULL AND holder IS NOT NULL;
+
+-- name: beat_leases
+-- Say that the windows held by this worker are being worked on.
+-- lock: none
+UPDATE revector.windows SET heartbeat = clock_timestamp()
+ WHERE migration = %(migration)s AND holder = %(holder)s AND done IS NULL;
+
+-- name: window_done
+-- A window is written.
+-- lock: none
+UPDATE revector.windows SET done = clock_timestamp(), written = %(written)s, hot = %(hot)s
+ WHERE migration = %(migration)s AND sweep = %(sweep)s AND lo = %(lo)s;
+
+-- name: fail
+-- Record texts that the model refuses.
+-- lock: none
+INSERT INTO revector.failures (migration, generation, text_hash, kind, error)
+VALUES (%(migration)s, %(generation)s, %(text_hash)s, %(kind)s, %(error)s)
+ON CONFLICT (migration, generation, text_hash) DO UPDATE SET kind = excluded.kind, error = excluded.error, at = clock_timestamp();
+
+-- name: failed
+-- Hashes of the texts that a generation's model refuses.
+-- lock: none
+SELECT text_hash, kind, error FROM revector.failures WHERE migration = %(migration)s AND generation = %(generation)s;
+
+-- name: retry_failures
+-- A new run tries refused texts again.
+-- lock: none
+DELETE FROM revector.failures WHERE migration = %(migration)s;
+
+-- name: beat
+-- A follower says that it is alive.
+-- lock: none
+INSERT INTO revector.heartbeats (worker, table_oid, kind, active, pid, host, at)
+VALUES (%(worker)s::uuid, %(table)s::oid, 'follower', %(active)s, %(pid)s, %(host)s, clock_timestamp())
+ON CONFLICT (worker) DO UPDATE SET active = excluded.active, at = clock_timestamp();
+
+-- name: gone
+-- A follower stopped.
+-- lock: none
+DELETE FROM revector.heartbeats WHERE worker = %(worker)s::uuid OR at < clock_timestamp() - interval '1 day';
+
+-- name: followers
+-- Active followers whose heartbeat is younger than 10 s by the server's clock.
+-- lock: none
+SELECT count(*) AS alive FROM revector.heartbeats
+ WHERE table_oid = %(table)s::oid AND active AND at > clock_timestamp() - interval '10 s';
+
+-- name: uninstall
+-- Remove the ledger; only when no migration is open.
+-- lock: none
+DROP SCHEMA revector CASCADE;

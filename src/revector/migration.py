@@ -1,0 +1,708 @@
+"""The only orchestrator: it takes the table's lock, loads the stage, runs the next phases and records what is proven."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from psycopg import sql
+
+from revector import ledger as ledgers
+from revector import trigger
+from revector.catalog import dependents, find_table, read_server, read_table
+from revector.db import Database, Session, block, raw, translated
+from revector.errors import Busy, GateFailed, Refused, ServerLost
+from revector.follow import Follower
+from revector.ledger import NEXT, Event, Ledger, MigrationRow, Stage
+from revector.phases import backfill, backup, cutover, expand, finalize, index, serve, verify
+from revector.plan import DEFAULT_BATCH, Draft, Estimate, Facts, Plan, Request, differs, draft, estimate, with_consents
+from revector.settings import Settings
+from revector.survey import check_vector, survey
+from revector.work import STEPS, Effect, Note, Observer, Outcome, Phase, Recorded, Work, checked_models
+
+__all__ = ["STEPS", "Migration", "Preview", "Result", "Status"]
+
+#: Followers' heartbeats are written every 2 s; so long a command waits for the one that it has started itself.
+_FOLLOWER_PATIENCE: Final = 30.0
+_PHASES: Final = ("preconditions", "backup", "expand", "backfill", "index", "verify")
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a run would do; nothing was changed."""
+
+    draft: Draft
+    facts: Facts
+    estimate: Estimate
+    #: (phase, statement) in the order of execution.
+    statements: tuple[tuple[str, str], ...]
+    batch_size: int
+
+    @property
+    def plan(self) -> Plan:
+        """The plan."""
+        return self.draft.plan
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a command achieved, what is true now, and what comes next."""
+
+    table: str
+    command: str
+    stage: Stage
+    #: The model that answers under the bare name.
+    answering: str
+    summary: str
+    #: The exact next command; empty when there is none.
+    next: str
+    figures: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the candidate is proven, so that `cutover` is the next step."""
+        return self.stage.reached(Stage.VERIFIED) and not self.stage.closed
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One generation as `status` shows it."""
+
+    column: str
+    model: str
+    dimension: int
+    pending: int | None
+    role: str = "live"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is true now."""
+
+    table: str
+    stage: Stage | None
+    closing: str | None
+    live: Side | None
+    other: Side | None
+    rows: int
+    blank: int
+    failed: int
+    followers: int
+    next: str
+    #: (name, bytes, seconds since it was made) of the backup table.
+    backup: tuple[str, int, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The public format 1: keys are added, never renamed."""
+
+        def side(s: Side | None, *, role: bool) -> dict[str, Any] | None:
+            if s is None:
+                return None
+            told: dict[str, Any] = {"column": s.column, "model": s.model, "dimension": s.dimension}
+            if role:
+                told["role"] = s.role
+            return {**told, "pending": s.pending}
+
+        return {
+            "format": 1,
+            "table": self.table,
+            "stage": str(self.stage) if self.stage else None,
+            "live": side(self.live, role=False),
+            "other": side(self.other, role=True),
+            "rows": {"total": self.rows, "blank": self.blank, "failed": self.failed},
+            "followers": self.followers,
+            "next": self.next,
+            "closing": self.closing,
+            "backup": None
+            if self.backup is None
+            else {"table": self.backup[0], "bytes": self.backup[1], "age_s": round(self.backup[2])},
+        }
+
+
+class Migration:
+    """One table's migration: the library's front door.
+
+    `open` takes the table's `steer` lock, so that two people cannot steer at once; with `steer=False` only `preview`,
+    `status` and `events` may be called. Use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        table: str,
+        *,
+        observe: Observer = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
+        steer: bool = True,
+    ) -> None:
+        self.settings = settings
+        self.name = table
+        self.observe = observe
+        self.stop = stop
+        self.database = Database(settings)
+        self.control = self.database.connect("control")
+        try:
+            with translated():
+                self.oid = find_table(self.control, table)
+                if ledgers.exists(self.control):
+                    ledgers.require(self.control)
+                if steer and not self.control.try_lock("steer", self.oid):
+                    holder = self.control.holder("steer", self.oid)
+                    raise Busy(
+                        f"another revector command is steering {table} (server process {holder})",
+                        why="Two at once could undo each other's steps. Nothing was changed.",
+                        hint=f"wait for it, or look: revector status {table}",
+                    )
+        except BaseException:
+            self.control.close()
+            raise
+        self.ledger = Ledger(self.control, self.oid)
+        self._unfollow = threading.Event()
+        self._started: tuple[Follower, threading.Thread] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        settings: Settings,
+        *,
+        table: str,
+        observe: Observer = lambda _: None,
+        stop: Callable[[], bool] = lambda: False,
+        steer: bool = True,
+    ) -> Migration:
+        """Connect, find the table, take its `steer` lock. Raises `Busy` when another command holds it."""
+        return cls(settings, table, observe=observe, stop=stop, steer=steer)
+
+    def __enter__(self) -> Migration:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop a follower of ours and close the connection; the lock goes with it."""
+        self._stop_following()
+        self.control.close()
+
+    # -- look ---------------------------------------------------------------------------------------------------------
+
+    def latest(self) -> MigrationRow | None:
+        """The open migration, else the last closed one, else None."""
+        return self.ledger.latest() if ledgers.exists(self.control) else None
+
+    def preview(self, request: Request) -> Preview:
+        """What `run` would do, every statement and estimate included; changes nothing."""
+        with translated(self._command("plan")):
+            row = self.latest()
+            if row is not None and not row.stage.closed:
+                request = _as_planned(row, request, self.name)
+            facts, _ = survey(
+                self.control, self.name, request, self.settings, note=lambda text: self.observe(Note(text))
+            )
+            made = draft(request, facts)
+            if row is not None and not row.stage.closed:
+                made = replace(made, plan=row.plan, findings=tuple(f for f in made.findings if f.title != "names"))
+            return Preview(
+                made,
+                facts,
+                estimate(made.plan, facts),
+                _statements(made.plan, facts),
+                request.batch_size or DEFAULT_BATCH,
+            )
+
+    def status(self) -> Status:
+        """What is true now: which model answers, what is pending, what comes next."""
+        with translated(self._command("status")):
+            return self._status()
+
+    def events(self, limit: int = 1000) -> list[Event]:
+        """Every step with its figures, oldest first."""
+        with translated(self._command("events")):
+            return self.ledger.events(limit) if ledgers.exists(self.control) else []
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        request: Request,
+        *,
+        allow_failed: int = 0,
+        cutover: bool = False,
+        follow: bool = False,
+        without_follower: bool = False,
+        bare_writers_stopped: bool = False,
+        allow_pending: int = 1000,
+    ) -> Result:
+        """Preconditions, backup if asked, expand, backfill, index, verify; resumes where an earlier run stopped.
+
+        Raises `Refused` with every blocker, `GateFailed`, or a `Resumable` error; none of them changes what readers see.
+        """
+        with translated(self._command("run")):
+            self.observe(Phase(1, len(_PHASES), _PHASES[0]))
+            row = self._opened(request, allow_failed=allow_failed)
+            if cutover:
+                # Checked first: nobody wants to learn after hours that the last step cannot be taken.
+                self._check_follower(row, follow=follow, without_follower=without_follower)
+                self._check_same_dimension(row, bare_writers_stopped, "cutover")
+            work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending)
+            outcome = self._phases(row, work)
+        if cutover:
+            return self.cutover(
+                follow=follow,
+                without_follower=without_follower,
+                bare_writers_stopped=bare_writers_stopped,
+                allow_failed=allow_failed,
+                allow_pending=allow_pending,
+            )
+        return self._result("run", outcome)
+
+    def cutover(
+        self,
+        *,
+        follow: bool = False,
+        without_follower: bool = False,
+        bare_writers_stopped: bool = False,
+        refresh_old: bool = False,
+        allow_failed: int = 0,
+        allow_pending: int = 1000,
+    ) -> Result:
+        """Let the candidate answer. From VERIFIED it first goes to SERVED; then it catches up with no lock, and swaps."""
+        return self._swap(
+            "cutover",
+            back=False,
+            follow=follow,
+            without_follower=without_follower,
+            bare_writers_stopped=bare_writers_stopped,
+            refresh_old=refresh_old,
+            allow_failed=allow_failed,
+            allow_pending=allow_pending,
+        )
+
+    def rollback(
+        self,
+        *,
+        follow: bool = False,
+        without_follower: bool = False,
+        bare_writers_stopped: bool = False,
+        allow_pending: int = 1000,
+    ) -> Result:
+        """Let the old model answer again: cutover with the sides swapped. Nothing written since is lost."""
+        return self._swap(
+            "rollback",
+            back=True,
+            follow=follow,
+            without_follower=without_follower,
+            bare_writers_stopped=bare_writers_stopped,
+            allow_pending=allow_pending,
+        )
+
+    def finalize(self, *, allow_failed: int = 0, drop_backup: bool = False) -> Result:
+        """Drop the old generation: the only step without a way back."""
+        return self._close("finalize", allow_failed=allow_failed, drop_backup=drop_backup)
+
+    def abort(self) -> Result:
+        """Give up: drop the candidate; the table is as it was."""
+        return self._close("abort")
+
+    # -- the parts ----------------------------------------------------------------------------------------------------
+
+    def _opened(self, request: Request, *, allow_failed: int) -> MigrationRow:
+        """The open migration, checked against the options given, or a new one that no precondition refuses."""
+        row = self.latest()
+        if row is not None and not row.stage.closed:
+            row = self.ledger.check_transition("run", row, self.name)
+            request = _as_planned(row, request, self.name)
+            plan = with_consents(row.plan, request.consents)
+            self.ledger.settle(plan, request.batch_size or row.batch_size)
+            if row.stage is not Stage.PLANNED:
+                trigger.check(self.control, plan)
+            check_vector(read_server(self.control))
+            self.ledger.retry_failures()
+            self.observe(Note(f"resuming {plan.old.model.model} -> {plan.new.model.model} at {row.stage}"))
+            return self.latest() or row
+        facts, _ = survey(self.control, self.name, request, self.settings, note=lambda text: self.observe(Note(text)))
+        made = draft(request, facts)
+        if made.blockers:
+            raise blocked(self.name, made)
+        self.observe(Note(f"{len(made.findings)} preconditions met"))
+        self.observe(Effect("plan"))
+        ledgers.ensure(self.control)
+        row = self.ledger.open(made.plan, request.batch_size or DEFAULT_BATCH, rate=facts.measured.rate)
+        self.observe(Recorded("plan", {"fingerprint": row.fingerprint}))
+        return row
+
+    def _phases(self, row: MigrationRow, work: Work) -> Outcome:
+        stage, plan = row.stage, row.plan
+        outcome = Outcome("already verified")
+        if stage.reached(Stage.VERIFIED):
+            left = work.catch_up([plan.new.number])
+            return Outcome("already verified; caught up", {"pending": dict(left)})
+        steps: list[tuple[str, Stage, Callable[[], Outcome]]] = [
+            ("backup", Stage.EXPANDED, lambda: self._backup(work)),
+            ("expand", Stage.EXPANDED, lambda: expand.run(work)),
+            ("backfill", Stage.BACKFILLED, lambda: self._backfill(work)),
+            ("index", Stage.INDEXED, lambda: index.run(work)),
+            ("verify", Stage.VERIFIED, lambda: self._verify(work)),
+        ]
+        for number, (name, proven, phase) in enumerate(steps, 2):
+            if stage.reached(proven) or (name == "backup" and plan.backup is None):
+                continue
+            work.check_stop()
+            self.observe(Phase(number, len(_PHASES), name))
+            outcome = phase()
+            self.observe(Note(outcome.summary))
+        return outcome
+
+    def _backup(self, work: Work) -> Outcome:
+        complete = any(e.step == "backup.verify" and e.migration == self.ledger.migration for e in self.ledger.events())
+        return backup.run(work, complete=complete)
+
+    def _backfill(self, work: Work) -> Outcome:
+        if not self.control.try_lock("windows", self.oid, shared=True):
+            raise Busy(f"{self.name} is being closed by another command", hint=f"revector status {self.name}")
+        try:
+            return backfill.run(work)
+        finally:
+            if not self.control.connection.closed:
+                self.control.unlock("windows", self.oid, shared=True)
+
+    def _verify(self, work: Work) -> Outcome:
+        trigger.check(self.control, work.plan)
+        with work.step("verify.catch_up") as told:
+            told["left"] = dict(work.catch_up([work.plan.new.number]))
+        return verify.run(work)
+
+    def _swap(
+        self,
+        command: str,
+        *,
+        back: bool,
+        follow: bool,
+        without_follower: bool,
+        bare_writers_stopped: bool,
+        refresh_old: bool = False,
+        allow_failed: int = 0,
+        allow_pending: int,
+    ) -> Result:
+        with translated(self._command(command)):
+            row = self.ledger.check_transition(command, self.latest(), self.name)
+            self._check_same_dimension(row, bare_writers_stopped, command)
+            self._check_dependents(row, command)
+            refused = [f for f in self.ledger.failures(row.plan.new.number).values() if f.kind != "blank"]
+            if not back and len(refused) > allow_failed:
+                raise GateFailed(
+                    f"{self.name}: {row.plan.new.model.model} refuses {len(refused)} texts, {allow_failed} are allowed",
+                    why=f"Those rows would vanish from search. {row.plan.old.model.model} still answers.",
+                    hint=f"revector cutover {self.name} --allow-failed {len(refused)}",
+                )
+            self._check_follower(row, follow=follow, without_follower=without_follower)
+            work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending)
+            with self._following(follow):
+                if row.stage is Stage.VERIFIED:
+                    trigger.check(self.control, row.plan)
+                    self.observe(Note(serve.run(work).summary))
+                both = [row.plan.old.number, row.plan.new.number]
+                if refresh_old and not back:
+                    self.observe(
+                        Note(f"{backfill.refresh(work):,} stale vectors of {row.plan.old.model.model} renewed")
+                    )
+                with work.step(f"{command}.catch_up") as told:
+                    left = work.catch_up(both)
+                    told |= {"left": dict(left), "without_follower": without_follower}
+                if any(left.values()):
+                    self.observe(
+                        Note(f"{max(left.values())} rows were written since, or are locked; the follower fills them")
+                    )
+                outcome = cutover.run(work, back=back)
+        return self._result(command, outcome)
+
+    def _close(self, command: str, *, allow_failed: int = 0, drop_backup: bool = False) -> Result:
+        assert command in ("finalize", "abort")
+        with translated(self._command(command)):
+            row = self.ledger.check_transition(command, self.latest(), self.name)
+            plan = row.plan
+            keep = plan.new if command == "finalize" else plan.old
+            work = self._work(row, allow_failed=allow_failed)
+            if row.closing is None and row.stage in (Stage.SERVED, Stage.CUT_OVER):
+                if command == "finalize":
+                    trigger.check(self.control, plan)
+                with work.step(f"{command}.catch_up") as told:
+                    left = dict(work.catch_up([keep.number]))
+                    told["left"] = left
+                refused = [f for f in self.ledger.failures(keep.number).values() if f.kind != "blank"]
+                if command == "finalize" and len(refused) > allow_failed:
+                    raise GateFailed(
+                        f"{self.name}: {len(refused)} texts have no vector of {keep.model.model}, {allow_failed} are allowed",
+                        why=f"The first: {refused[0].error}. The old vectors would be the last ones these rows have.",
+                        hint=f"revector finalize {self.name} --allow-failed {len(refused)}",
+                    )
+            outcome = finalize.run(
+                work,
+                "finalize" if command == "finalize" else "abort",
+                str(row.stage),
+                row.closing,
+                lambda number: self.ledger.retire_sql(number),
+            )
+            if drop_backup and plan.backup:
+                with work.step("finalize.drop_backup") as told:
+                    told["dropped"] = backup.drop(work)
+        return self._result(command, outcome)
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _check_same_dimension(self, row: MigrationRow, stopped: bool, command: str) -> None:
+        old, new = row.plan.old.model, row.plan.new.model
+        if old.dimension == new.dimension and not stopped:
+            raise Refused(
+                f"{self.name}: {old.model} and {new.model} both have {old.dimension} dimensions",
+                why="A writer or reader of the bare table that still uses the other model would get wrong results, not an error.",
+                hint=f"stop or upgrade them first, then: revector {command} {self.name} --bare-writers-stopped",
+            )
+        if stopped:
+            self.ledger.event("consent", {"bare_writers_stopped": True, "command": command})
+
+    def _check_dependents(self, row: MigrationRow, command: str) -> None:
+        table = read_table(self.control, self.oid)
+        ours = frozenset(self.ledger.owned().values()) | {i.oid for i in row.plan.live_indexes}
+        for generation in (row.plan.old, row.plan.new):
+            number = self.ledger.attnum(generation.number)
+            column = table.numbered(number) if number is not None else None
+            if column is None:
+                continue
+            found = dependents(self.control, table, column, ours)
+            if found:
+                raise Refused(
+                    f"{self.name}: {len(found)} object(s) are tied to {column.name} and would stay behind: "
+                    + "; ".join(d.description for d in found),
+                    why="Nothing was changed.",
+                    hint="\n".join(dict.fromkeys(d.remedy for d in found)) + f"\nthen: revector {command} {self.name}",
+                )
+
+    def _check_follower(self, row: MigrationRow, *, follow: bool, without_follower: bool) -> None:
+        if follow or self.ledger.followers():
+            return
+        if without_follower:
+            self.ledger.event("consent", {"without_follower": True})
+            self.observe(
+                Note(
+                    "no follower runs: rows written from now on have no vector of the other model until one does, and rollback would miss them"
+                )
+            )
+            return
+        raise Refused(
+            f"{self.name}: no follower is alive",
+            why="Without one, rows that are edited after the swap lose their vectors and vanish from search. Nothing was changed.",
+            hint=f"in another terminal: revector follow {self.name}\nor let this command stay and do it: --follow",
+        )
+
+    @contextmanager
+    def _following(self, wanted: bool) -> Iterator[None]:
+        """A follower of our own, alive before anything is switched; it goes on in `follow_on`."""
+        if not wanted:
+            yield
+            return
+        if self._started is None:
+            stop = lambda: self.stop() or self._unfollow.is_set()  # noqa: E731
+            follower = Follower(self.settings, self.oid, observe=self.observe, stop=stop)
+            thread = threading.Thread(target=follower.run, daemon=True)
+            self._started = follower, thread
+            thread.start()
+            deadline = time.monotonic() + _FOLLOWER_PATIENCE
+            while not self.ledger.followers():
+                if time.monotonic() > deadline or not thread.is_alive():
+                    raise ServerLost("the follower did not come up", hint=self._command("status"))
+                time.sleep(0.1)
+        try:
+            yield
+        except BaseException:
+            self._stop_following()
+            raise
+
+    def _stop_following(self) -> None:
+        if self._started is not None:
+            self._unfollow.set()
+            self._started[1].join()
+            self._started = None
+            self._unfollow.clear()
+
+    def follow_on(self) -> int:
+        """Stay in the foreground with the follower that a command with `follow=True` started; returns rows filled."""
+        if self._started is None:
+            return 0
+        follower, thread = self._started
+        while thread.is_alive():
+            thread.join(0.2)
+        return follower.filled
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _work(self, row: MigrationRow, *, allow_failed: int = 0, allow_pending: int = 1000) -> Work:
+        def ledger_on(session: Session) -> Ledger:
+            other = Ledger(session, self.oid)
+            other.migration = row.id
+            return other
+
+        work = Work(
+            plan=row.plan,
+            database=self.database,
+            control=self.control,
+            ledger=self.ledger,
+            ledger_on=ledger_on,
+            models=checked_models(row.plan, self.settings),
+            observe=self.observe,
+            stop=self.stop,
+            batch_size=row.batch_size,
+            rate=float(row.facts.get("rate", 100.0)),
+            allow_failed=allow_failed,
+            allow_pending=allow_pending,
+        )
+        work.catch_up = lambda numbers: backfill.catch_up(work, numbers)
+        return work
+
+    def _command(self, verb: str) -> str:
+        return f"revector {verb} {self.name}"
+
+    def _result(self, command: str, outcome: Outcome) -> Result:
+        row = self.latest()
+        assert row is not None
+        answering = row.plan.new if row.stage in (Stage.CUT_OVER, Stage.FINALIZED) else row.plan.old
+        following = "" if row.stage.closed else f"revector {NEXT[row.stage]} {self.name}"
+        return Result(self.name, command, row.stage, answering.model.model, outcome.summary, following, outcome.figures)
+
+    def _status(self) -> Status:
+        table = read_table(self.control, self.oid)
+        if not ledgers.exists(self.control):
+            return Status(
+                self.name,
+                None,
+                None,
+                None,
+                None,
+                _rows(self.control, table.identifier),
+                0,
+                0,
+                0,
+                f"revector plan {self.name} --from MODEL --to MODEL",
+            )
+        row = self.latest()
+        live = self.ledger.live()
+        following = self.ledger.followers()
+        total = _rows(self.control, table.identifier)
+        if row is None or row.stage.closed:
+            side = None if live is None else Side(live.column, live.model.model, live.model.dimension, None)
+            stage = row.stage if row else None
+            tail = "" if live else " --from MODEL"
+            return Status(
+                self.name,
+                stage,
+                None,
+                side,
+                None,
+                total,
+                0,
+                0,
+                following,
+                f"revector plan {self.name}{tail} --to MODEL",
+            )
+        return self._open_status(row, total, following)
+
+    def _open_status(self, row: MigrationRow, total: int, followers: int) -> Status:
+        plan = row.plan
+        work = self._work(row)
+        answering, other = (plan.new, plan.old) if row.stage is Stage.CUT_OVER else (plan.old, plan.new)
+        guarded = row.stage in (Stage.SERVED, Stage.CUT_OVER)
+
+        def pending(generation: Any) -> int | None:
+            column = work.column(generation)
+            if column is None:
+                return None
+            parts = {"table": work.table, "column": sql.Identifier(column), "text": raw(plan.text_sql)}
+            return int(self.control.value(
+                block("phases/backfill", "pending_unrefused", **parts),
+                migration=row.id, generation=generation.number, limit=10_000_000,
+            ))  # fmt: skip
+
+        failures = self.ledger.failures(plan.new.number).values()
+        blank = self.control.value(block("migration", "blank", table=work.table, text=raw(plan.text_sql)))
+        live = Side(
+            work.column(answering) or plan.column,
+            answering.model.model,
+            answering.model.dimension,
+            pending(answering) if guarded else None,
+        )
+        role = "previous" if row.stage is Stage.CUT_OVER else "candidate"
+        second = None
+        if (column := work.column(other)) is not None:
+            second = Side(column, other.model.model, other.model.dimension, pending(other), role)
+        following = row.closing or NEXT[row.stage]
+        saved = None
+        if plan.backup and (oid := self.ledger.owned().get(("backup", plan.backup))):
+            found = self.control.row(block("migration", "backup_state"), table=oid, migration=row.id)
+            saved = (plan.backup, found.bytes, found.age) if found and found.bytes is not None else None
+        failed = sum(f.kind != "blank" for f in failures)
+        return Status(
+            self.name,
+            row.stage,
+            row.closing,
+            live,
+            second,
+            total,
+            blank,
+            failed,
+            followers,
+            f"revector {following} {self.name}",
+            saved,
+        )
+
+
+def _rows(session: Session, table: sql.Composable) -> int:
+    return int(session.value(sql.SQL("SELECT count(*) FROM {}").format(table)))
+
+
+def _as_planned(row: MigrationRow, request: Request, name: str) -> Request:
+    """Omitted options take the open plan's values; a given one that differs is refused."""
+    wrong = differs(row.plan, request)
+    if wrong:
+        raise Refused(
+            f"{name}: a migration {row.plan.old.model.model} -> {row.plan.new.model.model} is open with other options: {', '.join(wrong)} was not planned",
+            why="Half of the vectors would be of another plan. Nothing was changed.",
+            hint=f"go on with it: revector run {name}\nor give it up first: revector abort {name}",
+        )
+    plan = row.plan
+    return replace(
+        request,
+        to=plan.new.model.model,
+        from_=plan.old.model.model,
+        text=plan.text,
+        vector=plan.column,
+        batch_size=request.batch_size or row.batch_size,
+        backup=bool(plan.backup),
+    )
+
+
+def blocked(name: str, made: Draft) -> Refused:
+    """One refusal that names every blocker with its remedy."""
+    lines = [f"{f.title}: {f.finding}" for f in made.blockers]
+    return Refused(
+        f"{name}: {len(lines)} precondition(s) not met: " + "; ".join(lines),
+        why=" ".join(f.why for f in made.blockers if f.why) + " Nothing was changed.",
+        hint="\n".join(f.remedy for f in made.blockers if f.remedy),
+    )
+
+
+def _statements(plan: Plan, facts: Facts) -> tuple[tuple[str, str], ...]:
+    table = facts.table.identifier
+    parts: Sequence[tuple[str, Sequence[sql.Composable]]] = (
+        ("backup", backup.statements(plan, table) if plan.backup else ()),
+        ("expand", expand.statements(plan, table)),
+        ("backfill, for each window and line pointer", backfill.statements(plan, table)),
+        ("index", index.statements(plan, table)),
+        ("cutover: served", serve.statements(plan, table)),
+        ("cutover", cutover.swap(plan, table, plan.old, plan.new)),
+        ("finalize", finalize.statements(plan, table, facts.server.version_num)),
+    )
+    return tuple((phase, statement.as_string(None)) for phase, statements in parts for statement in statements)

@@ -1,0 +1,608 @@
+"""Fill the candidate: windows of heap blocks are read, embedded with no transaction open, and written back.
+
+Lock: ROW EXCLUSIVE, a few milliseconds at a time. A crash leaves rows NULL, which is the queue: the next run reads
+them again. `ctid` locates a row and a hash of its text proves it, so no edit is overwritten by a stale vector. Rows
+are written one line-pointer offset at a time, so that page pruning makes room and the update stays HOT.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from psycopg import errors as pg
+from psycopg import sql
+
+from revector.db import Session, block, raw
+from revector.embed import Embedder
+from revector.errors import GateFailed, Interrupted, PauseBudgetMissed, Refused
+from revector.work import Effect, Outcome, Progress, Recorded, Work
+from revector.plan import Generation, Plan, hot_share
+
+#: A window holds about this much encoding, so that a kill costs little paid work ...
+_WINDOW_SECONDS: Final = 30.0
+#: ... in so many blocks and at most about so many rows, so that memory does not grow with the table.
+_WINDOW_BLOCKS: Final = (8, 512)
+_WINDOW_ROWS: Final = 2000
+#: The first sweep takes every row; two more take stragglers. What is left is the pending index's and the follower's.
+_SWEEPS: Final = 3
+_BATCHES_AT_ONCE: Final = 8
+_LONGEST_GAP: Final = 5.0
+#: How long a writer keeps asking for ROW EXCLUSIVE while somebody's DDL holds the table.
+_LOCK_PATIENCE: Final = 120.0
+_FILL_LIMIT: Final = 256
+#: Little-endian machines store what COPY wants big-endian; (type name) -> (element type, bytes of an element).
+_ELEMENT: Final = {"vector": ">f4", "halfvec": ">f2"}
+
+#: A writing session. 400 ms is below the server's deadlock_timeout, so that we always yield first.
+#: synchronous_commit = off is safe: a lost commit leaves NULLs, and commits are lost only from the end.
+_WRITER: Final = {
+    "revector.writer": "on",
+    "lock_timeout": "400ms",
+    "synchronous_commit": "off",
+    "enable_seqscan": "off",
+}
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows that wait for vectors: n places in the heap, hashes and texts."""
+
+    #: (n,) uint32 block numbers and (n,) uint16 line-pointer offsets.
+    blocks: NDArray[np.uint32]
+    places: NDArray[np.uint16]
+    #: (n,) int64 hashes of the texts as the server computes them.
+    hashes: NDArray[np.int64]
+    texts: list[str]
+
+    @classmethod
+    def of(cls, rows: Sequence[Any]) -> Rows:
+        """From (tid, text, hash) rows."""
+        tids = np.array([row.tid[1:-1].split(",") for row in rows], dtype=np.int64).reshape(-1, 2)
+        return cls(
+            tids[:, 0].astype(np.uint32),
+            tids[:, 1].astype(np.uint16),
+            np.array([row.hash for row in rows], dtype=np.int64),
+            [row.text for row in rows],
+        )
+
+
+@dataclass(slots=True)
+class _Window:
+    lo: int
+    hi: int
+    rows: Rows
+    #: (n, dim) float32; NaN where there is no vector.
+    vectors: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    complete: bool = True
+
+
+def run(work: Work) -> Outcome:
+    """Sweep the table up to three times; BACKFILLED is proven when a sweep has seen every block."""
+    plan, began = work.plan, time.monotonic()
+    total = work.control.value(block("phases/backfill", "pending_count", **_parts(work, plan.new)))
+    figures: dict[str, Any] = {"rows": 0, "hot": 0, "encode_s": 0.0, "refused": 0}
+    if total:
+        embedder = work.models[plan.new.number]()
+        work.ledger.release_leases()
+        work.observe(Progress("backfill", 0, total, "rows"))
+        for sweep in range(_SWEEPS):
+            if sweep and not _any_pending(work):
+                break
+            _make_windows(work, sweep)
+            with work.step("backfill.sweep") as told:
+                told |= {"sweep": sweep, **_Sweep(work, sweep, embedder, total, figures).run()}
+    elapsed = time.monotonic() - began
+    figures |= {
+        "seconds": round(elapsed, 3),
+        "encoder_busy": round(figures["encode_s"] / elapsed, 3) if elapsed else 0.0,
+    }
+    refused = [f for f in work.ledger.failures(plan.new.number).values() if f.kind != "blank"]
+    if len(refused) > work.allow_failed:
+        raise GateFailed(
+            f"{plan.new.model.model} refuses {len(refused)} texts; {work.allow_failed} are allowed",
+            why=f"The first: {refused[0].error}. All other rows are embedded; {plan.old.model.model} still answers.",
+            hint=f"correct those texts, or: revector run {plan.table} --allow-failed {len(refused)}",
+        )
+    with work.step("backfill", stage="BACKFILLED") as told:
+        told |= figures
+    hot = f", {100 * figures['hot'] / figures['rows']:.0f} % HOT" if figures["rows"] else ""
+    return Outcome(f"{figures['rows']:,} rows embedded in {elapsed:,.1f} s{hot}", figures)
+
+
+def statements(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
+    """What writes a window, as the run sends it for each line-pointer offset."""
+    parts = {"table": table, "column": sql.Identifier(plan.new.column), "text": raw(plan.text_sql)}
+    return [
+        block("phases/backfill", "read_window", **parts),
+        block("phases/backfill", "enter", table=table),
+        block("phases/backfill", "write_place", **parts),
+    ]
+
+
+def _parts(work: Work, generation: Generation, session: Session | None = None) -> dict[str, sql.Composable]:
+    column = work.column(generation, session)
+    if column is None:
+        raise Refused(
+            f"{work.plan.table}: the column of generation {generation.number} is gone",
+            hint=f"revector abort {work.plan.table}",
+        )
+    return {"table": work.table, "column": sql.Identifier(column), "text": raw(work.plan.text_sql)}
+
+
+def _any_pending(work: Work) -> bool:
+    parts = _parts(work, work.plan.new)
+    return bool(work.control.value(
+        block("phases/backfill", "pending_unrefused", **parts),
+        migration=work.ledger.migration, generation=work.plan.new.number, limit=1,
+    ))  # fmt: skip
+
+
+def _make_windows(work: Work, sweep: int) -> None:
+    if work.ledger.sweep_state(sweep)[0]:
+        return
+    blocks = int(work.control.value(block("phases/backfill", "blocks"), table=work.plan.table_oid))
+    rows = max(
+        int(
+            work.control.value(
+                "SELECT greatest(reltuples, 0) FROM pg_class WHERE oid = %(t)s::oid", t=work.plan.table_oid
+            )
+        ),
+        1,
+    )
+    wanted = min(_WINDOW_SECONDS * work.rate, _WINDOW_ROWS) / max(rows / max(blocks, 1), 1)
+    low, high = _WINDOW_BLOCKS
+    with work.step("backfill.windows") as told:
+        size = high if sweep else int(min(max(wanted, low), high))
+        work.ledger.make_windows(sweep, size, blocks)
+        told |= {"sweep": sweep, "blocks": blocks, "window": size}
+
+
+class _Sweep:
+    """One pass over the table's windows: reading, embedding and writing overlap, with one window between each."""
+
+    def __init__(self, work: Work, sweep: int, embedder: Embedder, total: int, figures: dict[str, Any]) -> None:
+        self.work, self.sweep, self.embedder, self.total, self.figures = work, sweep, embedder, total, figures
+        self.holder = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.halt = threading.Event()
+        self.finished = threading.Event()
+        self.expected: float | None = None
+        self.to_encode: queue.Queue[_Window | None] = queue.Queue(1)
+        self.to_write: queue.Queue[_Window | None] = queue.Queue(1)
+
+    def run(self) -> dict[str, Any]:
+        """The sweep's figures. Raises what any of its threads raised first."""
+        before = dict(self.figures)
+        with ThreadPoolExecutor(3, "revector") as pool:
+            threads = [pool.submit(self._guarded, target) for target in (self._read, self._write, self._beat)]
+            try:
+                self._guarded(self._encode)
+            finally:
+                for thread in threads[:2]:
+                    thread.exception()
+                self.finished.set()
+        for thread in threads:
+            thread.result()
+        self.work.check_stop()
+        return {name: round(self.figures[name] - before[name], 3) for name in ("rows", "hot", "encode_s", "refused")}
+
+    def _guarded(self, target: Callable[[], None]) -> None:
+        try:
+            target()
+        except BaseException:
+            self.halt.set()
+            raise
+
+    def _put(self, to: queue.Queue[_Window | None], item: _Window | None) -> None:
+        while not self.halt.is_set():
+            try:
+                return to.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def _get(self, source: queue.Queue[_Window | None]) -> _Window | None:
+        while not self.halt.is_set():
+            try:
+                return source.get(timeout=0.2)
+            except queue.Empty:
+                continue
+        return None
+
+    def _beat(self) -> None:
+        """Leases live as long as this process; their windows are ours until they are done."""
+        with self.work.database.connect("leases") as session:
+            ledger = self.work.ledger_on(session)
+            while not self.finished.wait(5.0):
+                ledger.beat_leases(self.holder)
+
+    def _read(self) -> None:
+        work = self.work
+        with work.database.connect("reader", enable_seqscan="off") as session:
+            ledger = work.ledger_on(session)
+            while not self.halt.is_set() and not work.stop() and (taken := ledger.lease(self.sweep, self.holder)):
+                lo, hi = taken
+                statement = block("phases/backfill", "read_window", **_parts(work, work.plan.new, session))
+                rows = session.rows(statement, lo=f"({lo},0)", hi=f"({hi},0)")
+                self._put(self.to_encode, _Window(lo, hi, Rows.of(rows)))
+        self._put(self.to_encode, None)
+
+    def _encode(self) -> None:
+        refused = set(self.work.ledger.failures(self.work.plan.new.number))
+        while (window := self._get(self.to_encode)) is not None:
+            began = time.monotonic()
+            window.vectors, window.complete = self._vectors(window.rows, refused)
+            self.figures["encode_s"] += time.monotonic() - began
+            self._put(self.to_write, window)
+        self._put(self.to_write, None)
+
+    def _vectors(self, rows: Rows, refused: set[int]) -> tuple[NDArray[np.float32], bool]:
+        """Embed a window; when asked to stop, what is done so far is kept and the window stays open."""
+        work = self.work
+        vectors = np.full((len(rows.texts), work.plan.new.model.dimension), np.nan, np.float32)
+        first: dict[str, int] = {}
+        same = [first.setdefault(text, n) for n, text in enumerate(rows.texts)]
+        order = sorted(
+            (n for n in first.values() if int(rows.hashes[n]) not in refused), key=lambda n: len(rows.texts[n])
+        )
+        size = work.batch_size * _BATCHES_AT_ONCE
+        complete = True
+        for start in range(0, len(order), size):
+            if work.stop() or self.halt.is_set():
+                complete = False
+                break
+            chosen = order[start : start + size]
+            vectors[chosen], bad = encode(work, work.plan.new, self.embedder, [rows.texts[n] for n in chosen])
+            for position, refusal in bad.items():
+                text_hash = int(rows.hashes[chosen[position]])
+                work.ledger.fail(work.plan.new.number, text_hash, refusal.kind, refusal.error)
+                refused.add(text_hash)
+                self.figures["refused"] += 1
+        return vectors[same], complete
+
+    def _write(self) -> None:
+        work, plan = self.work, self.work.plan
+        gap, told_of_snapshot = 0.0, False
+        with writer(work, enable_nestloop="off") as session:
+            ledger = work.ledger_on(session)
+            while (window := self._get(self.to_write)) is not None:
+                have = (
+                    np.flatnonzero(np.isfinite(window.vectors[:, 0])) if len(window.vectors) else np.empty(0, np.intp)
+                )
+                stage_rows(session, plan, window.rows, have, new=window.vectors)
+                written = hot = 0
+                for place in np.unique(window.rows.places[have]).tolist():
+                    rows, share = self._write_place(session, window, place)
+                    written, hot = written + rows, hot + share
+                    if gap:
+                        time.sleep(gap)
+                gap = self._next_gap(session, gap, hot / written if written else 1.0)
+                if gap >= _LONGEST_GAP and not told_of_snapshot:
+                    told_of_snapshot = True
+                    holder = session.value(block("phases/backfill", "in_the_way"))
+                    work.note(f"few updates are HOT; in the way: {holder or 'no snapshot that this role can see'}")
+                self.figures["rows"] += written
+                self.figures["hot"] += hot
+                work.observe(Effect("backfill.window"))
+                if window.complete:
+                    ledger.window_done(self.sweep, window.lo, written, hot)
+                    work.observe(Recorded("backfill.window", {"lo": window.lo, "written": written, "hot": hot}))
+                work.observe(Progress("backfill", min(self.figures["rows"], self.total), self.total, "rows"))
+
+    def _write_place(self, session: Session, window: _Window, place: int) -> tuple[int, int]:
+        parts = {"text": raw(self.work.plan.text_sql)}
+        with entered(self.work, session) as at:
+            column = at.columns[self.work.plan.new.number]
+            statement = block("phases/backfill", "write_place", column=column, table=at.table, **parts)
+            rows = session.execute(statement, place=place, lo=f"({window.lo},0)", hi=f"({window.hi},0)")
+            return rows, session.value(block("phases/backfill", "hot"), table=self.work.plan.table_oid) - at.hot
+
+    def _next_gap(self, session: Session, gap: float, share: float) -> float:
+        """Below half of the share that the row shape allows, double the gap between passes; else shrink it."""
+        if self.expected is None:
+            row = session.row(
+                "SELECT pg_relation_size(oid)::float8 / greatest(reltuples, 1) AS bytes FROM pg_class WHERE oid = %(t)s::oid",
+                t=self.work.plan.table_oid,
+            )
+            size = max(row.bytes if row else 1000.0, 24.0)
+            width = 8 + self.work.plan.new.model.dimension * (4 if self.work.plan.column_type == "vector" else 2)
+            self.expected = hot_share(size, 20 if size + width > 2032 else width, max(1.0, 8168 / size))
+        if share < 0.5 * self.expected:
+            return min(max(2 * gap, 0.02), _LONGEST_GAP)
+        return gap / 2 if gap > 0.02 else 0.0
+
+
+def encode(
+    work: Work, generation: Generation, embedder: Embedder, texts: list[str]
+) -> tuple[NDArray[np.float32], dict[int, Any]]:
+    """Vectors of the texts, (n, dim) float32 with NaN rows for refused inputs, and the refusals by position."""
+    vectors, refusals = embedder.encode_isolating(texts, batch_size=work.batch_size)
+    if vectors.shape != (len(texts), generation.model.dimension):
+        raise Refused(
+            f"{generation.model.model} gave vectors of shape {vectors.shape}, not {(len(texts), generation.model.dimension)}"
+        )
+    return vectors, refusals
+
+
+@contextmanager
+def writer(work: Work, **ground: str) -> Iterator[Session]:
+    """A session whose writes are ours: the trigger trusts them, and the user's triggers do not fire where allowed."""
+    with work.database.connect("writer", **_WRITER, **ground) as session:
+        if session.value("SELECT has_parameter_privilege('session_replication_role', 'SET')"):
+            session.execute("SET session_replication_role = replica")
+        types = {
+            "type": raw(work.plan.column_sql_type(work.plan.old)),
+            "other_type": raw(work.plan.column_sql_type(work.plan.new)),
+        }
+        session.execute(block("phases/backfill", "staged", **types))
+        yield session
+
+
+@dataclass(frozen=True, slots=True)
+class _Entered:
+    """What is true inside a write transaction."""
+
+    table: sql.Identifier
+    #: Generation number -> the name that its column has now.
+    columns: dict[int, sql.Identifier]
+    #: HOT updates that the session had made before.
+    hot: int
+
+
+@contextmanager
+def entered(work: Work, session: Session) -> Iterator[_Entered]:
+    """A write transaction: ROW EXCLUSIVE first, then the names that the columns have now.
+
+    SQL planned before a cutover would write the old model's vectors into the new column, hence the order.
+    Raises `Refused` when the migration no longer wants writes.
+    """
+    with session.transaction():
+        table = work.table_on(session)
+        _enter(work, session, table)
+        row = session.row(
+            block("phases/backfill", "resolve"),
+            migration=work.ledger.migration,
+            old=work.plan.old.number,
+            new=work.plan.new.number,
+        )
+        if row is None or row.closing or row.stage in ("FINALIZED", "ABORTED", "PLANNED") or not row.new_column:
+            raise Refused(
+                f"{work.plan.table}: the migration is being closed",
+                why="Nothing more is written.",
+                hint=f"revector status {work.plan.table}",
+            )
+        columns = {work.plan.old.number: row.old_column, work.plan.new.number: row.new_column}
+        yield _Entered(table, {number: sql.Identifier(name) for number, name in columns.items() if name}, row.hot)
+
+
+def _enter(work: Work, session: Session, table: sql.Identifier) -> None:
+    """Wait for ROW EXCLUSIVE in slices of lock_timeout: only somebody's DDL can be in the way."""
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            with session.transaction():
+                session.execute(block("phases/backfill", "enter", table=table))
+            return
+        except (pg.LockNotAvailable, pg.DeadlockDetected):
+            work.check_stop()
+            if time.monotonic() > deadline:
+                raise PauseBudgetMissed(
+                    f"{work.plan.table} has been locked against writing for {_LOCK_PATIENCE:.0f} s",
+                    why="Somebody's DDL holds it. Nothing is lost.",
+                ) from None
+            time.sleep(0.2)
+
+
+def stage_rows(
+    session: Session,
+    plan: Plan,
+    rows: Rows,
+    chosen: NDArray[np.intp],
+    *,
+    old: NDArray[np.float32] | None = None,
+    new: NDArray[np.float32] | None = None,
+) -> None:
+    """Put rows and their vectors into the session's temporary table, by binary COPY.
+
+    `old` and `new` are (n, dim) float32 arrays parallel to `rows`; a generation that is None, or a row that is NaN in
+    it, is staged as NULL. Format: PostgreSQL manual, COPY, "Binary Format"; pgvector src/vector.c, vector_recv.
+    """
+    session.execute(block("phases/backfill", "clear"))
+    if not len(chosen):
+        return
+    element = _ELEMENT[plan.column_type]
+    with session.connection.cursor().copy(block("phases/backfill", "copy")) as copy:
+        copy.write(b"PGCOPY\n\xff\r\n\0" + bytes(8))
+        for has_old in (False, True):
+            for has_new in (False, True):
+                part = [n for n in chosen.tolist() if _has(old, n) == has_old and _has(new, n) == has_new]
+                if part and (has_old or has_new):
+                    copy.write(
+                        _records(rows, np.array(part), element, old if has_old else None, new if has_new else None)
+                    )
+        copy.write(b"\xff\xff")
+
+
+def _has(vectors: NDArray[np.float32] | None, n: int) -> bool:
+    return vectors is not None and bool(np.isfinite(vectors[n, 0]))
+
+
+def _records(
+    rows: Rows, part: NDArray[np.int64], element: str, old: NDArray[np.float32] | None, new: NDArray[np.float32] | None
+) -> bytes:
+    fields: list[tuple[str, str] | tuple[str, str, tuple[int, ...]]] = [
+        ("fields", ">i2"), ("tid_len", ">i4"), ("block", ">u4"), ("place16", ">u2"),
+        ("hash_len", ">i4"), ("hash", ">i8"), ("place_len", ">i4"), ("place", ">i4"),
+    ]  # fmt: skip
+    for name, vectors in (("a", old), ("b", new)):
+        fields.append((f"{name}_len", ">i4"))
+        if vectors is not None:
+            fields += [(f"{name}_dim", ">i2"), (f"{name}_unused", ">i2"), (name, element, (vectors.shape[1],))]
+    records = np.zeros(len(part), dtype=fields)
+    records["fields"], records["tid_len"], records["hash_len"], records["place_len"] = 5, 6, 8, 4
+    records["block"], records["place16"] = rows.blocks[part], rows.places[part]
+    records["hash"], records["place"] = rows.hashes[part], rows.places[part]
+    for name, vectors in (("a", old), ("b", new)):
+        if vectors is None:
+            records[f"{name}_len"] = -1
+        else:
+            records[f"{name}_len"] = 4 + vectors.shape[1] * int(element[-1])
+            records[f"{name}_dim"] = vectors.shape[1]
+            records[name] = vectors[part]
+    return records.tobytes()
+
+
+class Filler:
+    """Fills pending rows of the managed generations through their pending indexes: catch-up and follower share it."""
+
+    def __init__(self, work: Work, numbers: Sequence[int]) -> None:
+        self.work = work
+        #: The generations to fill: the new one before SERVED, both from then on.
+        self.numbers = tuple(numbers)
+        # A TID range scan from the last place on would read the whole table; the pending index is tiny.
+        self.reader = work.database.connect("follower", enable_seqscan="off", enable_tidscan="off")
+        self._writer = writer(work)
+        self.session = self._writer.__enter__()
+        self.written = 0
+
+    def __enter__(self) -> Filler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close both sessions."""
+        self.reader.close()
+        self._writer.__exit__(None, None, None)
+
+    def pending(self, number: int, limit: int = 1_000_000) -> int:
+        """How many rows are pending in this generation and not refused by its model, counted up to `limit`."""
+        statement = block(
+            "phases/backfill", "pending_unrefused", **_parts(self.work, self.work.plan.generation(number), self.reader)
+        )
+        return int(self.reader.value(statement, migration=self.work.ledger.migration, generation=number, limit=limit))
+
+    def walk(self) -> int:
+        """One walk through all that is pending now, in heap order; returns the rows written.
+
+        A locked row is skipped and met again on the next walk, so a locked head cannot starve the rest.
+        """
+        written, after = 0, "(0,0)"
+        while not self.work.stop():
+            found: dict[str, Any] = {}
+            needed: dict[int, set[str]] = {}
+            ends = []
+            for number in self.numbers:
+                statement = block(
+                    "phases/backfill",
+                    "pending_rows",
+                    **_parts(self.work, self.work.plan.generation(number), self.reader),
+                )
+                rows = self.reader.rows(
+                    statement, after=after, migration=self.work.ledger.migration, generation=number, limit=_FILL_LIMIT
+                )
+                needed[number] = {r.tid for r in rows}
+                found |= {r.tid: r for r in rows}
+                if len(rows) == _FILL_LIMIT:
+                    ends.append(_place(rows[-1].tid))
+            if not found:
+                return written
+            # Beyond the nearest end one generation has not been read yet.
+            end = min(ends, default=None)
+            batch = [r for tid, r in found.items() if end is None or _place(tid) <= end]
+            written += self._fill(batch, needed)
+            if end is None:
+                return written
+            after = f"({end[0]},{end[1]})"
+        return written
+
+    def _fill(self, batch: list[Any], needed: dict[int, set[str]]) -> int:
+        plan, rows = self.work.plan, Rows.of(batch)
+        vectors: dict[int, NDArray[np.float32]] = {}
+        for number in self.numbers:
+            generation = plan.generation(number)
+            chosen = [n for n, r in enumerate(batch) if r.tid in needed[number]]
+            vectors[number] = np.full((len(batch), generation.model.dimension), np.nan, np.float32)
+            for start in range(0, len(chosen), self.work.batch_size):
+                if self.work.stop():
+                    break
+                some = chosen[start : start + self.work.batch_size]
+                embedder = self.work.models[number]()
+                vectors[number][some], bad = encode(self.work, generation, embedder, [rows.texts[n] for n in some])
+                for position, refusal in bad.items():
+                    self.work.ledger_on(self.session).fail(
+                        number, int(rows.hashes[some[position]]), refusal.kind, refusal.error
+                    )
+        old, new = vectors.get(plan.old.number), vectors.get(plan.new.number)
+        stage_rows(self.session, plan, rows, np.arange(len(batch)), old=old, new=new)
+        with entered(self.work, self.session) as at:
+            parts = {"table": at.table, "text": raw(plan.text_sql), "new": at.columns[plan.new.number]}
+            if plan.old.number in self.numbers:
+                count = self.session.execute(block("phases/backfill", "fill", old=at.columns[plan.old.number], **parts))
+            else:
+                count = self.session.execute(block("phases/backfill", "fill_candidate", **parts))
+        self.written += count
+        return count
+
+
+def _place(tid: str) -> tuple[int, int]:
+    number, _, place = tid[1:-1].partition(",")
+    return int(number), int(place)
+
+
+def catch_up(work: Work, numbers: Sequence[int], *, seconds: float = 600.0) -> dict[int, int]:
+    """Fill what is pending, with no lock held, until nothing is left or two walks in a row could write nothing.
+
+    Returns generation number -> rows that are still pending (locked by others, or written meanwhile).
+    """
+    idle, deadline = 0, time.monotonic() + seconds
+    with Filler(work, numbers) as filler:
+        while True:
+            written = filler.walk()
+            work.check_stop()
+            left = {number: filler.pending(number) for number in numbers}
+            idle = 0 if written else idle + 1
+            if not any(left.values()) or idle >= 2 or time.monotonic() > deadline:
+                return left
+            if not written:
+                time.sleep(0.5)
+
+
+def refresh(work: Work) -> int:
+    """Renew every live vector that is not the old model's of its text; returns how many were.
+
+    The right vector is written in the stale one's place, so a row is never without. Only at SERVED.
+    """
+    plan, renewed = work.plan, 0
+    embedder = work.models[plan.old.number]()
+    blocks = int(work.control.value(block("phases/backfill", "blocks"), table=plan.table_oid))
+    with writer(work) as session:
+        for lo in range(0, blocks, _WINDOW_BLOCKS[0]):
+            work.check_stop()
+            statement = block("phases/backfill", "read_vectors", **_parts(work, plan.old))
+            read = work.control.rows(statement, lo=f"({lo},0)", hi=f"({lo + _WINDOW_BLOCKS[0]},0)")
+            if not read:
+                continue
+            rows = Rows.of(read)
+            fresh, _ = encode(work, plan.old, embedder, rows.texts)
+            stored = np.array([row.vector for row in read], dtype=np.float32)
+            norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(fresh, axis=1)
+            cosines = (stored * fresh).sum(axis=1) / np.where(norms > 0, norms, 1)
+            stale = np.flatnonzero(cosines < plan.verify_threshold)
+            stage_rows(session, plan, rows, stale, old=fresh)
+            with entered(work, session) as at:
+                column = at.columns[plan.old.number]
+                statement = block("phases/backfill", "renew", table=at.table, column=column, text=raw(plan.text_sql))
+                renewed += session.execute(statement)
+            work.observe(Progress("refresh", min(lo + _WINDOW_BLOCKS[0], blocks), blocks, "blocks"))
+    return renewed

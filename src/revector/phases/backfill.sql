@@ -1,0 +1,128 @@
+-- name: staged
+-- Where a window's vectors wait to be written; the session's own.
+-- lock: none
+CREATE TEMP TABLE IF NOT EXISTS staged (tid tid NOT NULL, hash bigint NOT NULL, place int NOT NULL, a {type}, b {other_type});
+
+-- name: clear
+-- Empty it for the next window.
+-- lock: none
+TRUNCATE pg_temp.staged;
+
+-- name: copy
+-- Binary COPY; the text format cost 30 times more.
+-- lock: none
+COPY pg_temp.staged (tid, hash, place, a, b) FROM STDIN (FORMAT binary);
+
+-- name: blocks
+-- Size of the table in blocks.
+-- lock: ACCESS SHARE
+SELECT pg_relation_size(%(table)s::oid) / current_setting('block_size')::int AS blocks;
+
+-- name: pending_count
+-- How many rows have a text but no vector in this generation (a full scan before the pending index exists).
+-- lock: ACCESS SHARE
+SELECT count(*) FROM ONLY {table} AS t WHERE t.{column} IS NULL AND ({text}) IS NOT NULL;
+
+-- name: read_window
+-- The window's rows that have a text and no vector.
+-- lock: ACCESS SHARE
+SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::text COLLATE "C", 0) AS hash
+  FROM ONLY {table} AS t
+ WHERE t.ctid >= %(lo)s::tid AND t.ctid < %(hi)s::tid AND t.{column} IS NULL AND ({text}) IS NOT NULL;
+
+-- name: enter
+-- Every write transaction starts here: once we hold this, nobody can rename or drop the columns under us.
+-- lock: ROW EXCLUSIVE
+LOCK TABLE ONLY {table} IN ROW EXCLUSIVE MODE;
+
+-- name: resolve
+-- The present names of both generations' columns, by attribute number, and whether the migration still wants us.
+-- lock: none
+SELECT m.stage, m.closing, pg_stat_get_xact_tuples_hot_updated(m.table_oid) AS hot,
+       (SELECT a.attname FROM pg_attribute a JOIN revector.generations g ON g.attnum = a.attnum AND g.table_oid = a.attrelid
+         WHERE a.attrelid = m.table_oid AND g.number = %(old)s AND NOT a.attisdropped) AS old_column,
+       (SELECT a.attname FROM pg_attribute a JOIN revector.generations g ON g.attnum = a.attnum AND g.table_oid = a.attrelid
+         WHERE a.attrelid = m.table_oid AND g.number = %(new)s AND NOT a.attisdropped) AS new_column
+  FROM revector.migrations m WHERE m.id = %(migration)s;
+
+-- name: write_place
+-- Write all staged rows that sit at one line-pointer offset: ctid locates, the hash of the text proves.
+-- lock: ROW EXCLUSIVE
+WITH locked AS MATERIALIZED (
+  SELECT t.ctid AS tid, s.b AS vector FROM pg_temp.staged s JOIN ONLY {table} AS t ON t.ctid = s.tid
+   WHERE s.place = %(place)s AND t.ctid >= %(lo)s::tid AND t.ctid < %(hi)s::tid AND t.{column} IS NULL
+     AND hashtextextended(({text})::text COLLATE "C", 0) = s.hash
+     FOR NO KEY UPDATE OF t SKIP LOCKED)
+UPDATE ONLY {table} AS t SET {column} = l.vector FROM locked l
+ WHERE t.ctid = l.tid AND t.ctid >= %(lo)s::tid AND t.ctid < %(hi)s::tid;
+
+-- name: hot
+-- HOT updates of the table; not yet flushed ones of earlier transactions count too, so differences tell.
+-- lock: none
+SELECT pg_stat_get_xact_tuples_hot_updated(%(table)s::oid) AS hot;
+
+-- name: in_the_way
+-- The oldest snapshot, slot or prepared transaction that keeps pages from being pruned.
+-- lock: none
+SELECT what FROM (
+  SELECT age(backend_xmin) AS age, format('session %s of %s (%s), %s, since %s', pid, usename, nullif(application_name, ''), state, xact_start::timestamp(0)) AS what
+    FROM pg_stat_activity WHERE backend_xmin IS NOT NULL AND pid <> pg_backend_pid()
+     AND backend_type = 'client backend' AND application_name NOT LIKE 'revector %'
+  UNION ALL SELECT age(xmin), format('replication slot %s', slot_name) FROM pg_replication_slots WHERE xmin IS NOT NULL
+  UNION ALL SELECT age(transaction), format('prepared transaction %s', gid) FROM pg_prepared_xacts) AS holders
+ ORDER BY age DESC LIMIT 1;
+
+-- name: pending_rows
+-- Rows pending in one generation, through its pending index, from a place in the heap on; refused texts are skipped.
+-- lock: ACCESS SHARE
+SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::text COLLATE "C", 0) AS hash
+  FROM ONLY {table} AS t
+ WHERE t.{column} IS NULL AND ({text}) IS NOT NULL AND t.ctid > %(after)s::tid
+   AND NOT EXISTS (SELECT FROM revector.failures f WHERE f.migration = %(migration)s AND f.generation = %(generation)s
+                    AND f.text_hash = hashtextextended(({text})::text COLLATE "C", 0))
+ ORDER BY t.ctid LIMIT %(limit)s;
+
+-- name: fill
+-- Write one batch of pending rows, both generations of a row at once.
+-- lock: ROW EXCLUSIVE
+WITH locked AS MATERIALIZED (
+  SELECT t.ctid AS tid, s.a, s.b FROM pg_temp.staged s JOIN ONLY {table} AS t ON t.ctid = s.tid
+   WHERE ((t.{old} IS NULL AND s.a IS NOT NULL) OR (t.{new} IS NULL AND s.b IS NOT NULL))
+     AND hashtextextended(({text})::text COLLATE "C", 0) = s.hash
+     FOR NO KEY UPDATE OF t SKIP LOCKED)
+UPDATE ONLY {table} AS t
+   SET {old} = CASE WHEN t.{old} IS NULL THEN l.a ELSE t.{old} END, {new} = CASE WHEN t.{new} IS NULL THEN l.b ELSE t.{new} END
+  FROM locked l WHERE t.ctid = l.tid;
+
+-- name: fill_candidate
+-- The same before SERVED, when the live column is not ours to touch.
+-- lock: ROW EXCLUSIVE
+WITH locked AS MATERIALIZED (
+  SELECT t.ctid AS tid, s.b FROM pg_temp.staged s JOIN ONLY {table} AS t ON t.ctid = s.tid
+   WHERE t.{new} IS NULL AND s.b IS NOT NULL AND hashtextextended(({text})::text COLLATE "C", 0) = s.hash
+     FOR NO KEY UPDATE OF t SKIP LOCKED)
+UPDATE ONLY {table} AS t SET {new} = l.b FROM locked l WHERE t.ctid = l.tid;
+
+-- name: pending_unrefused
+-- How many rows are pending and not refused, counted through the pending index and no further than the limit.
+-- lock: ACCESS SHARE
+SELECT count(*) FROM (
+  SELECT FROM ONLY {table} AS t WHERE t.{column} IS NULL AND ({text}) IS NOT NULL
+     AND NOT EXISTS (SELECT FROM revector.failures f WHERE f.migration = %(migration)s AND f.generation = %(generation)s
+                      AND f.text_hash = hashtextextended(({text})::text COLLATE "C", 0)) LIMIT %(limit)s) AS pending;
+
+-- name: read_vectors
+-- Rows of a range of blocks that have both a text and a vector.
+-- lock: ACCESS SHARE
+SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::text COLLATE "C", 0) AS hash, t.{column}::real[] AS vector
+  FROM ONLY {table} AS t
+ WHERE t.ctid >= %(lo)s::tid AND t.ctid < %(hi)s::tid AND t.{column} IS NOT NULL AND ({text}) IS NOT NULL;
+
+-- name: renew
+-- Put the right vector in the place of a stale one; a fresh vector is right on whatever row has that text.
+-- lock: ROW EXCLUSIVE
+WITH locked AS MATERIALIZED (
+  SELECT t.ctid AS tid, s.a FROM pg_temp.staged s JOIN ONLY {table} AS t ON t.ctid = s.tid
+   WHERE hashtextextended(({text})::text COLLATE "C", 0) = s.hash
+     FOR NO KEY UPDATE OF t SKIP LOCKED)
+UPDATE ONLY {table} AS t SET {column} = l.a FROM locked l WHERE t.ctid = l.tid;

@@ -1,0 +1,40 @@
+-- name: create
+-- The copy's table: the key's columns, a checksum of the text, the old vector.
+-- lock: ACCESS SHARE
+CREATE TABLE {backup} AS
+SELECT {key}, md5(({text})::text) AS text_checksum, t.{column} AS {column} FROM ONLY {table} AS t WHERE false;
+
+-- name: own
+-- The copy is readable by its owner alone, and says what it is.
+-- lock: none
+COMMENT ON TABLE {backup} IS {comment};
+
+-- name: copy
+-- Copy key, text checksum and old vector of every row, from one snapshot.
+-- lock: ACCESS SHARE
+INSERT INTO {backup} SELECT {key}, md5(({text})::text), t.{column} FROM ONLY {table} AS t;
+
+-- name: checksum
+-- Count and an order-independent checksum of keys, texts and vectors.
+-- lock: ACCESS SHARE
+SELECT count(*) AS rows,
+       coalesce(sum(hashtextextended(ROW({key}, md5(({text})::text), t.{column})::text, 0)::numeric), 0)::text AS checksum
+  FROM ONLY {table} AS t;
+
+-- name: backup_checksum
+-- The same of the copy.
+-- lock: ACCESS SHARE
+SELECT count(*) AS rows,
+       coalesce(sum(hashtextextended(ROW({key}, t.text_checksum, t.{column})::text, 0)::numeric), 0)::text AS checksum
+  FROM {backup} AS t;
+
+-- name: state
+-- Which relation has the backup's name.
+-- lock: none
+SELECT c.oid, pg_total_relation_size(c.oid) AS bytes FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname = %(schema)s AND c.relname = %(name)s;
+
+-- name: drop
+-- The copy goes.
+-- lock: ACCESS EXCLUSIVE on the copy
+DROP TABLE IF EXISTS {backup};

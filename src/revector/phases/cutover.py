@@ -1,0 +1,114 @@
+"""Let the other generation answer: two renames in one message. Rollback is the same code with the sides swapped.
+
+Lock: SHARE UPDATE EXCLUSIVE first (it ends autovacuum and blocks nobody), then ACCESS EXCLUSIVE within the pause
+budget. Under the lock nothing is embedded, built or scanned. A crash leaves all of it or nothing; so does any doubt.
+"""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from revector import trigger
+from revector.db import block
+from revector.errors import Refused
+from revector.plan import Generation, Plan
+from revector.work import Outcome, Work
+
+
+def run(work: Work, *, back: bool = False) -> Outcome:
+    """Swap: CUT_OVER (or SERVED again, with `back`) is proven by the commit itself.
+
+    Raises `Refused` when more rows are pending than allowed or an index is not valid, `PauseBudgetMissed` when the
+    lock was not to be had; in both cases nothing has changed.
+    """
+    plan = work.plan
+    outgoing, incoming = (plan.new, plan.old) if back else (plan.old, plan.new)
+    trigger.check(work.control, plan)
+    if work.column(outgoing) != plan.column or work.column(incoming) != incoming.column:
+        raise Refused(
+            f"{plan.table}: the columns {plan.column} and {incoming.column} are not where this migration left them",
+            why="Somebody renamed or dropped one of them. Nothing was changed.",
+            hint=f"revector status {plan.table}",
+        )
+    refused = len(work.ledger.failures(incoming.number))
+    owned = work.ledger.owned()
+    indexes = (
+        [owned.get(("index", t.name), 0) for t in plan.indexes] if not back else [i.oid for i in plan.live_indexes]
+    )
+    statements = [
+        work.none_pending(incoming, incoming.column, work.allow_pending + refused),
+        work.indexes_valid(incoming, indexes),
+        *swap(plan, work.table, outgoing, incoming),
+        *_rename_indexes(work, outgoing, incoming),
+        *_move_comment(work, outgoing),
+    ]
+    name = "rollback" if back else "cutover"
+    pause = work.pause(
+        name, statements, stages=["CUT_OVER" if back else "SERVED"], stage="SERVED" if back else "CUT_OVER"
+    )
+    figures = {
+        "pause_ms": round(pause.total_ms, 1),
+        "wait_ms": round(pause.wait_ms, 1),
+        "hold_ms": round(pause.hold_ms, 1),
+        "attempt": pause.attempt,
+    }
+    return Outcome(f"{incoming.model.model} answers; the pause was {pause.total_ms:.0f} ms", figures)
+
+
+def swap(plan: Plan, table: sql.Composable, outgoing: Generation, incoming: Generation) -> list[sql.Composable]:
+    """The renames, the trigger function for the new names, and the ledger's live generation."""
+
+    def rename(column: str, name: str) -> sql.Composable:
+        return block(
+            "phases/cutover", "rename_column", table=table, column=sql.Identifier(column), name=sql.Identifier(name)
+        )
+
+    numbers = {"live": incoming.number, "old": plan.old.number, "new": plan.new.number, "table": plan.table_oid}
+    return [
+        rename(plan.column, outgoing.column),
+        rename(incoming.column, plan.column),
+        trigger.served(plan, incoming, plan.column, outgoing.column),
+        block("phases/cutover", "flip", **{k: sql.Literal(v) for k, v in numbers.items()}),
+    ]
+
+
+def _rename_indexes(work: Work, outgoing: Generation, incoming: Generation) -> list[sql.Composable]:
+    """Each index of the outgoing side takes its own name, each of the incoming side its live name."""
+    plan = work.plan
+    owned = work.ledger.owned()
+    # oid -> (name while live, name while not)
+    sides = {
+        plan.old.number: {i.oid: (i.live_name, i.name) for i in plan.live_indexes},
+        plan.new.number: {
+            owned[("index", t.name)]: (t.live_name, t.name) for t in plan.indexes if ("index", t.name) in owned
+        },
+    }
+    oids = [*sides[outgoing.number], *sides[incoming.number]]
+    present = {
+        r.oid: r.name
+        for r in work.control.rows(block("phases/cutover", "index_names"), table=plan.table_oid, oids=oids)
+    }
+    wanted = [(oid, names[1]) for oid, names in sides[outgoing.number].items()]
+    wanted += [(oid, names[0]) for oid, names in sides[incoming.number].items()]
+    return [
+        block(
+            "phases/cutover", "rename_index", index=sql.Identifier(plan.schema, present[oid]), name=sql.Identifier(name)
+        )
+        for oid, name in wanted
+        if oid in present and present[oid] != name
+    ]
+
+
+def _move_comment(work: Work, outgoing: Generation) -> list[sql.Composable]:
+    plan = work.plan
+    number = work.ledger.attnum(outgoing.number)
+    comment = work.control.value("SELECT col_description(%(t)s::oid, %(n)s)", t=plan.table_oid, n=number)
+    if comment is None:
+        return []
+    words = {plan.column: sql.Literal(comment), outgoing.column: sql.SQL("NULL")}
+    return [
+        block(
+            "phases/cutover", "comment", column=sql.SQL("{}.{}").format(work.table, sql.Identifier(name)), comment=text
+        )
+        for name, text in words.items()
+    ]

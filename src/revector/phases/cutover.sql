@@ -1,0 +1,26 @@
+-- name: rename_column
+-- The bare name answers with the other generation from here on.
+-- lock: ACCESS EXCLUSIVE
+ALTER TABLE {table} RENAME COLUMN {column} TO {name};
+
+-- name: rename_index
+-- The index keeps the name that the user's own statements know.
+-- lock: SHARE UPDATE EXCLUSIVE on the index
+ALTER INDEX {index} RENAME TO {name};
+
+-- name: comment
+-- The column's comment goes with the name.
+-- lock: SHARE UPDATE EXCLUSIVE
+COMMENT ON COLUMN {column} IS {comment};
+
+-- name: flip
+-- The ledger's live generation, in the same transaction as the names.
+-- lock: none
+UPDATE revector.generations SET live = (number = {live}) WHERE table_oid = {table}::oid AND number IN ({old}, {new});
+
+-- name: index_names
+-- The present names of these indexes of the table.
+-- lock: none
+SELECT c.oid, c.relname AS name, i.indisvalid AS valid
+  FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+ WHERE i.indrelid = %(table)s::oid AND c.oid = ANY (%(oids)s::oid[]);

@@ -1,0 +1,135 @@
+"""Keep one generation, drop the other. Abort is the same code with the sides swapped.
+
+Lock: ACCESS EXCLUSIVE for two short messages within the pause budget, SHARE UPDATE EXCLUSIVE in between. The message
+that drops the trigger also commits `closing`: from then on nothing but this command can go on, for writes are no
+longer guarded. A crash leaves a prefix of the steps; each looks first at what is already done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from psycopg import sql
+
+from revector import trigger
+from revector.db import block
+from revector.errors import Busy, GateFailed, Refused
+from revector.plan import Generation, Plan, cut_name
+from revector.work import Outcome, Work
+
+Command = Literal["finalize", "abort"]
+
+
+def run(
+    work: Work, command: Command, stage: str, closing: str | None, retire: Callable[[int], list[sql.Composable]]
+) -> Outcome:
+    """Close the migration from `stage`; FINALIZED or ABORTED is proven by the last step.
+
+    `retire` gives the ledger statements that mark a generation as gone.
+    """
+    plan = work.plan
+    keep, drop = (plan.new, plan.old) if command == "finalize" else (plan.old, plan.new)
+    guarded = stage in ("SERVED", "CUT_OVER")
+    if closing is None:
+        if guarded and plan.not_null:
+            _refuse_without_vector(work, keep, command)
+        _close(work, command, stage, keep, guarded)
+    # A worker or follower that is writing right now ends its transaction first and sees `closing` in its next.
+    if not work.control.wait_lock("windows", plan.table_oid, seconds=60):
+        raise Busy(f"a worker still writes to {plan.table}", hint=f"stop it, then: revector {command} {plan.table}")
+    if guarded and plan.not_null:
+        _validate(work, command)
+    with work.step(f"{command}.drop_indexes"):
+        for name in (keep.pending_index, drop.pending_index, *_vector_indexes(plan, drop)):
+            work.drop_index(name)
+    column = work.column(drop)
+    if column is not None:
+        statements = [block("phases/finalize", "drop_column", table=work.table, column=sql.Identifier(column))]
+        work.pause(f"{command}.drop_column", statements, stages=[stage], closing=command, was_closing=command)
+    with work.step(command, stage="FINALIZED" if command == "finalize" else "ABORTED"):
+        for statement in retire(drop.number):
+            work.control.execute(statement)
+    work.control.unlock("windows", plan.table_oid)
+    return Outcome(f"{keep.model.model} answers; the vectors of {drop.model.model} are gone")
+
+
+def statements(plan: Plan, table: sql.Composable, server_version: int) -> list[sql.Composable]:
+    """Everything that finalize executes, as the plan shows it."""
+    column = sql.Identifier(plan.column)
+    name = sql.Identifier(_constraint(plan))
+    add = "not_null_named" if server_version >= 180000 else "not_null_check"
+    back = [
+        block("phases/finalize", add, table=table, name=name, column=column),
+        block("phases/finalize", "validate", table=table, name=name),
+    ]
+    return [
+        *trigger.drop(plan, table),
+        *(back if plan.not_null else []),
+        block("phases/finalize", "drop_column", table=table, column=sql.Identifier(plan.old.column)),
+    ]
+
+
+def _close(work: Work, command: Command, stage: str, keep: Generation, guarded: bool) -> None:
+    plan, table = work.plan, work.table
+    column = work.column(keep)
+    statements = trigger.drop(plan, table) if stage != "PLANNED" else []
+    if guarded and column:
+        refused = 0 if plan.not_null else len(work.ledger.failures(keep.number))
+        statements.insert(0, work.none_pending(keep, column, refused))
+        if plan.not_null:
+            add = "not_null_named" if work.control.connection.info.server_version >= 180000 else "not_null_check"
+            statements.append(
+                block(
+                    "phases/finalize",
+                    add,
+                    table=table,
+                    name=sql.Identifier(_constraint(plan)),
+                    column=sql.Identifier(column),
+                )
+            )
+    work.pause(f"{command}.close", statements, stages=[stage], closing=command)
+
+
+def _constraint(plan: Plan) -> str:
+    return plan.not_null_name or cut_name(plan.stem, "_not_null")
+
+
+def _validate(work: Work, command: Command) -> None:
+    """NOT NULL is proven for the rows that were there before; before PostgreSQL 18 a CHECK proves it."""
+    plan, name = work.plan, sql.Identifier(_constraint(work.plan))
+    state = work.control.row(block("phases/finalize", "constraint_state"), table=plan.table_oid, name=_constraint(plan))
+    with work.step(f"{command}.validate"):
+        if state is not None and not state.valid:
+            work.control.execute(block("phases/finalize", "validate", table=work.table, name=name))
+        if state is not None and work.control.connection.info.server_version < 180000:
+            column = sql.Identifier(plan.column)
+            work.pause(
+                f"{command}.validate",
+                [
+                    block("phases/finalize", "set_not_null", table=work.table, column=column),
+                    block("phases/finalize", "drop_check", table=work.table, name=name),
+                ],
+                stages=["SERVED", "CUT_OVER"],
+                closing=command,
+                was_closing=command,
+            )
+
+
+def _refuse_without_vector(work: Work, keep: Generation, command: Command) -> None:
+    """NOT NULL must be given back: every row needs a vector, also one whose text is NULL or refused."""
+    column = work.column(keep)
+    assert column is not None
+    count = work.control.value(
+        block("phases/finalize", "without_vector", table=work.table, column=sql.Identifier(column))
+    )
+    if count:
+        raise GateFailed(
+            f"{count} rows of {work.plan.table} have no vector of {keep.model.model}, and {work.plan.column} was NOT NULL",
+            why="Their text is NULL, refused by the model, or still pending. Nothing was changed.",
+            hint=f"give them a text or delete them (SELECT ... WHERE {column} IS NULL), then: revector {command} {work.plan.table}",
+        )
+
+
+def _vector_indexes(plan: Plan, generation: Generation) -> list[str]:
+    return [i.name for i in (plan.indexes if generation.number == plan.new.number else plan.live_indexes)]

@@ -1,0 +1,30 @@
+-- name: vector_index
+-- A vector index on the candidate; writes go on meanwhile.
+-- lock: SHARE UPDATE EXCLUSIVE, for long
+CREATE INDEX CONCURRENTLY {name} ON {table} USING {method} ({column} {opclass}) WITH ({parameters}){predicate};
+
+-- name: pending_index
+-- The small index that finds a generation's pending rows; made after the sweeps, for with it no update is HOT.
+-- lock: SHARE UPDATE EXCLUSIVE, for a scan
+CREATE INDEX CONCURRENTLY {name} ON {table} ((1)) WHERE {column} IS NULL AND ({text}) IS NOT NULL;
+
+-- name: analyze
+-- The planner learns the new column.
+-- lock: SHARE UPDATE EXCLUSIVE
+ANALYZE {table};
+
+-- name: state
+-- Whether an index of this name is there, on which table, and whether it is valid.
+-- lock: none
+SELECT c.oid, i.indisvalid AS valid, i.indrelid AS table_oid
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_index i ON i.indexrelid = c.oid
+ WHERE n.nspname = %(schema)s AND c.relname = %(name)s;
+
+-- name: progress
+-- How far a CREATE INDEX of this table is.
+-- lock: none
+SELECT phase, CASE WHEN tuples_total > 0 THEN tuples_done ELSE blocks_done END AS done,
+       CASE WHEN tuples_total > 0 THEN tuples_total ELSE blocks_total END AS total,
+       CASE WHEN tuples_total > 0 THEN 'rows' ELSE 'blocks' END AS unit, lockers_total > lockers_done AS waiting,
+       current_locker_pid AS locker
+  FROM pg_stat_progress_create_index WHERE relid = %(table)s::oid AND pid = %(pid)s;

@@ -1,0 +1,33 @@
+"""From here on both generations are kept fresh, so that either can answer: what makes rollback lossless.
+
+Lock: ACCESS EXCLUSIVE for one message, which relaxes NOT NULL and replaces the trigger function. A crash leaves all
+of it or nothing. It comes before any switch, and changes nothing for readers.
+"""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from revector import trigger
+from revector.db import block
+from revector.plan import Plan
+from revector.work import Outcome, Work
+
+
+def run(work: Work) -> Outcome:
+    """Guard both generations: SERVED is proven by the commit itself."""
+    pause = work.pause("serve", statements(work.plan, work.table), stages=["VERIFIED"], stage="SERVED")
+    return Outcome(
+        f"both generations are guarded; writers waited {pause.total_ms:.0f} ms at most",
+        {"pause_ms": round(pause.total_ms, 1)},
+    )
+
+
+def statements(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
+    """Everything that serve executes."""
+    relaxed = (
+        [block("phases/serve", "drop_not_null", table=table, column=sql.Identifier(plan.column))]
+        if plan.not_null
+        else []
+    )
+    return [*relaxed, trigger.served(plan, plan.old, plan.column, plan.new.column)]

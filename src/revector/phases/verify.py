@@ -1,0 +1,246 @@
+"""Check that the candidate is correct: complete, sane, reproducible, indexed.
+
+Lock: ACCESS SHARE. A crash leaves nothing; every check is made again. Each check has a figure, and can fail.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from psycopg import sql
+
+from revector.db import block, raw
+from revector.errors import GateFailed
+from revector.plan import Generation, TargetIndex
+from revector.work import Outcome, Progress, Work
+
+#: Seconds between two looks at pending rows: what is pending in both is stuck.
+LOOK_AGAIN: Final = 10.0
+_SAMPLE: Final = 100
+_QUERIES: Final = 20
+_BLOCKS: Final = 512
+#: A table of fewer rows may be searched exactly: the planner is right to.
+_MUST_USE_INDEX: Final = 10_000
+#: Share of different texts with a vector of their own, at or below which the model says the same of everything.
+_COLLAPSED: Final = 0.5
+OPERATORS: Final = {"cosine": "<=>", "l2": "<->", "ip": "<#>", "l1": "<+>"}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check with its figure."""
+
+    name: str
+    figure: str
+    passed: bool
+
+
+def run(work: Work) -> Outcome:
+    """Make every check; VERIFIED is proven when all pass. Raises `GateFailed` naming those that do not."""
+    generation = work.plan.new
+    sample = _sample(work, generation)
+    checks = [
+        *_totals(work, generation),
+        _reproduced(work, generation, sample),
+        _not_collapsed(sample),
+        *_indexes(work, generation, sample),
+        _windowed(work, generation),
+    ]
+    figures = {c.name: c.figure for c in checks}
+    failed = [c for c in checks if not c.passed]
+    if failed:
+        work.ledger.record("verify", {"failed": [c.name for c in failed], **figures})
+        raise GateFailed(
+            "verify: " + "; ".join(f"{c.name}: {c.figure}" for c in failed),
+            why=f"Nothing changed; {work.plan.old.model.model} still answers.",
+            hint=f"revector run {work.plan.table}",
+        )
+    for check in checks:
+        work.note(f"{check.name}: {check.figure}")
+    with work.step("verify", stage="VERIFIED") as told:
+        told |= figures
+    return Outcome(f"{len(checks)} checks passed", figures)
+
+
+def _parts(work: Work, generation: Generation) -> dict[str, sql.Composable]:
+    return {
+        "table": work.table,
+        "column": sql.Identifier(work.column(generation) or generation.column),
+        "text": raw(work.plan.text_sql),
+    }
+
+
+def _pending(work: Work, generation: Generation) -> set[tuple[str, int]]:
+    rows = work.control.rows(
+        block("phases/verify", "pending", **_parts(work, generation)),
+        migration=work.ledger.migration,
+        generation=generation.number,
+    )
+    return {(row.tid, row.hash) for row in rows}
+
+
+def _totals(work: Work, generation: Generation) -> list[Check]:
+    first = _pending(work, generation)
+    stuck: set[tuple[str, int]] = set()
+    if first:
+        seen = time.monotonic()
+        while time.monotonic() - seen < LOOK_AGAIN:
+            work.check_stop()
+            time.sleep(0.2)
+        work.catch_up([generation.number])
+        stuck = first & _pending(work, generation)
+    schema = sql.Identifier(work.plan.vector_schema)
+    norm = sql.Identifier("vector_norm" if work.plan.column_type == "vector" else "l2_norm")
+    row = work.control.row(block("phases/verify", "totals", schema=schema, norm=norm, **_parts(work, generation)))
+    assert row is not None
+    failures = work.ledger.failures(generation.number).values()
+    refused = sum(f.kind != "blank" for f in failures)
+    return [
+        Check("complete", f"{row.vectors:,} of {row.rows:,} rows have a vector, {len(stuck)} stuck pending", not stuck),
+        Check(
+            "refused",
+            f"{refused} texts refused by the model, {work.allow_failed} allowed",
+            refused <= work.allow_failed,
+        ),
+        Check("zero", f"{row.zero} zero vectors", row.zero == 0),
+        Check("finite", f"{row.not_finite} vectors of infinite or undefined length", row.not_finite == 0),
+    ]
+
+
+def _sample(work: Work, generation: Generation) -> Sequence[Any]:
+    rows = work.control.value(
+        "SELECT greatest(reltuples, 0) FROM pg_class WHERE oid = %(t)s::oid", t=work.plan.table_oid
+    )
+    large = rows > 50_000
+    percent = min(100.0, 300.0 * _SAMPLE / rows) if rows else 100.0
+    statement = block(
+        "phases/verify", "sample", method=sql.SQL("SYSTEM" if large else "BERNOULLI"), **_parts(work, generation)
+    )
+    seed = int(time.time())
+    return work.control.rows(statement, percent=percent, seed=seed, limit=_SAMPLE) or work.control.rows(
+        statement, percent=100.0, seed=seed, limit=_SAMPLE
+    )
+
+
+def _vectors(sample: Sequence[Any]) -> NDArray[np.float32]:
+    return np.array([row.vector for row in sample], dtype=np.float32)
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(norms == 0, 1, norms), dtype=np.float32)
+
+
+def _reproduced(work: Work, generation: Generation, sample: Sequence[Any]) -> Check:
+    """Re-embed the sample and compare with what the table holds."""
+    if not sample:
+        return Check("reproduced", "no rows to embed again", True)
+    embedder, threshold = work.models[generation.number](), work.plan.verify_threshold
+    fresh, _ = embedder.encode_isolating([row.text for row in sample], batch_size=work.batch_size)
+    cosines = np.sum(_unit(_vectors(sample)) * _unit(np.nan_to_num(fresh)), axis=1)
+    figure = f"{int((cosines >= threshold).sum())} of {len(sample)} sampled rows embed to their vector again (lowest cosine {cosines.min():.5f})"
+    return Check("reproduced", figure, bool(cosines.min() >= threshold))
+
+
+def _not_collapsed(sample: Sequence[Any]) -> Check:
+    """Different texts must not all have the same vector."""
+    chosen = list({row.text: row for row in sample}.values())
+    if len(chosen) < 10:
+        return Check("distinct", f"{len(chosen)} different texts in the sample: too few to tell", True)
+    unit = _unit(_vectors(chosen))
+    different = len(np.unique(np.round(unit, 5), axis=0))
+    n = len(unit)
+    mean = float((np.square(unit.sum(axis=0)).sum() - np.square(unit).sum()) / (n * (n - 1)))
+    figure = f"{different} different vectors of {n} different texts (mean cosine {mean:.3f})"
+    return Check("distinct", figure, different > _COLLAPSED * n)
+
+
+def _indexes(work: Work, generation: Generation, sample: Sequence[Any]) -> list[Check]:
+    owned, checks = work.ledger.owned(), []
+    for target in work.plan.indexes:
+        row = work.control.row(block("phases/verify", "index"), oid=owned.get(("index", target.name), 0))
+        valid = row is not None and row.valid
+        checks.append(Check(f"index {target.name}", "valid" if valid else "missing or INVALID", valid))
+        if valid and row is not None and sample:
+            checks += _used(work, generation, target, row.name, _vectors(sample[:_QUERIES]))
+    return checks
+
+
+def _used(
+    work: Work, generation: Generation, target: TargetIndex, name: str, queries: NDArray[np.float32]
+) -> list[Check]:
+    plan = work.plan
+    operator = next((o for k, o in OPERATORS.items() if f"_{k}_ops" in target.opclass), "<=>")
+    parts = {
+        **_parts(work, generation),
+        "schema": sql.Identifier(plan.vector_schema),
+        "operator": raw(operator),
+        "type": raw(plan.column_sql_type(generation)),
+        "where": sql.SQL("WHERE {}").format(raw(target.predicate)) if target.predicate else sql.SQL(""),
+    }
+    texts = ["[" + ",".join(f"{x:.7g}" for x in q) + "]" for q in queries.tolist()]
+    uses = {}
+    for label, setting in (("when asked to", "enable_seqscan"), ("plainly", "jit")):
+        with work.control.transaction():
+            work.control.execute("SELECT set_config(%(s)s, 'off', true)", s=setting)
+            uses[label] = name in json.dumps(
+                work.control.value(block("phases/verify", "explain", **parts), vector=texts[0])
+            )
+    rows = _count(work)
+    found = {}
+    for label, settings in (("index", ("enable_seqscan",)), ("exact", ("enable_indexscan", "enable_bitmapscan"))):
+        with work.control.transaction():
+            for setting in settings:
+                work.control.execute("SELECT set_config(%(s)s, 'off', true)", s=setting)
+            found[label] = [
+                [r.distance for r in work.control.rows(block("phases/verify", "search", **parts), vector=t)]
+                for t in texts
+            ]
+    recalls = [
+        sum(d <= exact[-1] + 1e-6 * max(1.0, abs(exact[-1])) for d in got) / len(exact)
+        for got, exact in zip(found["index"], found["exact"], strict=True)
+        if exact
+    ]
+    recall = float(np.mean(np.minimum(recalls, 1.0))) if recalls else 1.0
+    plain = "uses it" if uses["plainly"] else "prefers an exact scan"
+    return [
+        Check(f"index {target.name} answers", f"a search {plain}; recall@10 against exact search {recall:.3f} over {len(texts)} queries",
+              uses["when asked to"] and (uses["plainly"] or rows <= _MUST_USE_INDEX)),
+    ]  # fmt: skip
+
+
+def _count(work: Work) -> int:
+    return int(
+        work.control.value(
+            sql.SQL("SELECT count(*) FROM (SELECT FROM {} LIMIT {}) AS t").format(
+                work.table, sql.Literal(_MUST_USE_INDEX + 1)
+            )
+        )
+    )
+
+
+def _windowed(work: Work, generation: Generation) -> Check:
+    """Count the texts of which the model reads only the beginning; known, not wrong."""
+    embedder = work.models[generation.number]()
+    window = embedder.max_tokens()
+    if window is None:
+        return Check("length", "the model has no window", True)
+    blocks = int(work.control.value(block("phases/verify", "blocks"), table=work.plan.table_oid))
+    longer = 0
+    for lo in range(0, blocks, _BLOCKS):
+        work.check_stop()
+        rows = work.control.rows(
+            block("phases/verify", "long_texts", table=work.table, text=raw(work.plan.text_sql)),
+            lo=f"({lo},0)",
+            hi=f"({lo + _BLOCKS},0)",
+            window=window,
+        )
+        longer += int((embedder.count_tokens([r.text for r in rows]) > window).sum()) if rows else 0
+        work.observe(Progress("verify: lengths", min(lo + _BLOCKS, blocks), blocks, "blocks"))
+    return Check("length", f"{longer:,} texts are longer than the model's window of {window} tokens", True)

@@ -1,0 +1,746 @@
+"""What will be done, decided once: (request, facts) -> findings and a frozen `Plan`. No I/O, no clock, no randomness."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, Literal
+
+from revector.catalog import INDEX_LIMITS, Column, Dependent, Index, Server, Table, Text
+from revector.embed.spec import Identity
+from revector.errors import Refused
+
+FORMAT: Final = 1
+#: PostgreSQL's limit on names (NAMEDATALEN - 1), in bytes.
+NAME_BYTES: Final = 63
+#: Defaults of pgvector's HNSW, and of the IVFFlat that we create.
+HNSW_DEFAULTS: Final = (("m", "16"), ("ef_construction", "64"))
+DEFAULT_LISTS: Final = 100
+DEFAULT_BATCH: Final = 50
+VERIFY_THRESHOLD: Final = 0.999
+
+IndexChoice = Literal["auto", "same", "hnsw", "ivfflat"]
+
+
+@dataclass(frozen=True, slots=True)
+class Consents:
+    """What the user accepted, on record."""
+
+    accept_triggers: bool = False
+    include_null: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for; None: not said."""
+
+    to: str | None = None
+    from_: str | None = None
+    text: str | None = None
+    vector: str | None = None
+    key: str | None = None
+    batch_size: int | None = None
+    index: IndexChoice | None = None
+    m: int | None = None
+    ef_construction: int | None = None
+    lists: int | None = None
+    backup: bool | None = None
+    consents: Consents = field(default_factory=Consents)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetIndex:
+    """One vector index that the candidate will have."""
+
+    method: str
+    #: Schema-qualified operator class.
+    opclass: str
+    parameters: tuple[tuple[str, str], ...]
+    #: Its name while its generation is not live.
+    name: str
+    #: The name it has while its generation is live.
+    live_name: str
+    predicate: str | None = None
+    expression: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LiveIndex:
+    """One vector index of the generation that was live when the plan was made."""
+
+    oid: int
+    #: The user's name for it, and its name while its generation is not live.
+    live_name: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One vector column and the model that fills it."""
+
+    number: int
+    model: Identity
+    #: Its column's name while it is not live.
+    column: str
+    #: Name of the index that finds its pending rows.
+    pending_index: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The frozen plan that the phases read; JSON in the ledger."""
+
+    table_oid: int
+    schema: str
+    table: str
+    #: Key columns; empty: none.
+    key: tuple[str, ...]
+    #: The text expression as the user gave it and as PostgreSQL stores it, and the columns it reads with their types.
+    text: str
+    text_sql: str
+    text_columns: tuple[tuple[str, str], ...]
+    #: The vector column's name while live, its type name and the schema of that type.
+    column: str
+    column_type: str
+    vector_schema: str
+    old: Generation
+    new: Generation
+    indexes: tuple[TargetIndex, ...]
+    live_indexes: tuple[LiveIndex, ...]
+    #: Whether the live column was NOT NULL, and that constraint's name (PostgreSQL 18).
+    not_null: bool
+    not_null_name: str | None
+    #: The trigger, and the functions in schema revector, share this stem.
+    stem: str
+    #: Name of the backup table; None: none wanted.
+    backup: str | None
+    consents: Consents
+    filter: str | None = None
+    precision: str = "fp32"
+    verify_threshold: float = VERIFY_THRESHOLD
+    format: int = FORMAT
+
+    @property
+    def trigger(self) -> str:
+        """Name of the trigger: `~` sorts after every ASCII letter, so that it runs last."""
+        return cut_name(f"~{self.stem}")
+
+    @property
+    def function(self) -> str:
+        """Name of the trigger function, in schema revector."""
+        return self.stem
+
+    @property
+    def text_function(self) -> str:
+        """Name of the function that computes the text of a row, in schema revector."""
+        return cut_name(self.stem, "_text")
+
+    def generation(self, number: int) -> Generation:
+        """The old or the new generation, by its number."""
+        return self.old if number == self.old.number else self.new
+
+    def column_sql_type(self, generation: Generation) -> str:
+        """The type of that generation's column, such as `public.vector(768)`."""
+        return f'"{self.vector_schema}".{self.column_type}({generation.model.dimension})'
+
+    def fingerprint(self) -> str:
+        """Hash of what must not change while the migration is open."""
+        told = {
+            "table": self.table_oid,
+            "key": self.key,
+            "text": self.text_sql,
+            "filter": self.filter,
+            "column": [self.column, self.column_type],
+            "models": [self.old.model.to_json(), self.new.model.to_json()],
+            "precision": self.precision,
+            "indexes": [(i.method, i.opclass, i.parameters, i.predicate, i.expression) for i in self.indexes],
+        }
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types, for the ledger."""
+        told = asdict(self)
+        for side in ("old", "new"):
+            told[side]["model"] = getattr(self, side).model.to_json()
+        return told
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Plan:
+        """The plan that the ledger holds; `Refused` when a newer program wrote it."""
+        if told["format"] > FORMAT:
+            raise Refused(
+                f"the plan in the ledger has format {told['format']}; this program knows {FORMAT}",
+                hint="use the revector version that opened the migration, or a newer one",
+            )
+
+        def generation(g: Mapping[str, Any]) -> Generation:
+            return Generation(g["number"], Identity.from_json(g["model"]), g["column"], g["pending_index"])
+
+        def pairs(value: Any) -> tuple[tuple[str, str], ...]:
+            return tuple((str(a), str(b)) for a, b in value)
+
+        return cls(
+            **{
+                **told,
+                "key": tuple(told["key"]),
+                "text_columns": pairs(told["text_columns"]),
+                "old": generation(told["old"]),
+                "new": generation(told["new"]),
+                "indexes": tuple(TargetIndex(**{**i, "parameters": pairs(i["parameters"])}) for i in told["indexes"]),
+                "live_indexes": tuple(LiveIndex(**i) for i in told["live_indexes"]),
+                "consents": Consents(**told["consents"]),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """One pass over the table."""
+
+    rows: int
+    null_texts: int
+    blank_texts: int
+    null_vectors: int
+    texts_without_vector: int
+    text_bytes: int
+    #: (column, rows whose text is NULL because this column is).
+    null_parts: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a sample of the real rows showed."""
+
+    texts: int
+    #: Documents a second of the new model on this machine; None: not measured (no rows).
+    rate: float | None
+    #: Mean tokens of a text by the new model's tokenizer, and how many sampled texts exceed its window.
+    tokens: float
+    too_long: int
+    window: int | None
+    #: Cosines between the stored vectors and the old model's, for the sample; empty: no vectors.
+    old_cosines: tuple[float, ...]
+    #: Seconds to build the target index on 1,000 random vectors.
+    index_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything that was read; the plan is a pure function of it and of the request."""
+
+    server: Server
+    table: Table
+    text: Text
+    column: Column
+    old: Identity
+    new: Identity
+    next_number: int
+    old_number: int
+    counts: Counts
+    measured: Measured
+    dependents: tuple[Dependent, ...]
+    functions: tuple[str, ...]
+    #: Objects that have a name of ours without being ours.
+    taken: tuple[str, ...]
+    star_statements: tuple[str, ...]
+    #: What using the new model would download.
+    downloads: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One precondition with what was found."""
+
+    title: str
+    finding: str
+    #: None: a warning, not a blocker.
+    ok: bool | None = True
+    why: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The findings, and the plan if nothing blocks it."""
+
+    findings: tuple[Finding, ...]
+    plan: Plan
+
+    @property
+    def blockers(self) -> tuple[Finding, ...]:
+        """The findings that refuse a run."""
+        return tuple(f for f in self.findings if f.ok is False)
+
+
+def cut_name(name: str, suffix: str = "") -> str:
+    """`name` + `suffix` within PostgreSQL's 63 bytes: a longer name is cut and keeps a hash of the whole."""
+    room = NAME_BYTES - len(suffix.encode())
+    if len(name.encode()) <= room:
+        return name + suffix
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name.encode()[: room - 9].decode(errors="ignore") + "_" + digest + suffix
+
+
+def stem(schema: str, table: str, generation: int) -> str:
+    """The name `rv_<table>_g<n>`; tables outside `public` carry their schema."""
+    return cut_name(f"rv_{table}" if schema == "public" else f"rv_{schema}__{table}", f"_g{generation}")
+
+
+def draft(request: Request, facts: Facts) -> Draft:
+    """Decide: the numbered preconditions, each with its finding, and the plan."""
+    plan = _plan(request, facts)
+    return Draft(tuple(_findings(request, facts, plan)), plan)
+
+
+def _plan(request: Request, facts: Facts) -> Plan:
+    table, column = facts.table, facts.column
+    own = stem(table.schema, table.name, facts.old_number)
+    new = stem(table.schema, table.name, facts.next_number)
+    live = [i for i in table.indexes if i.covers_only(column) and i.valid]
+    targets = _target_indexes(request, facts, live, new)
+    return Plan(
+        table_oid=table.oid,
+        schema=table.schema,
+        table=table.name,
+        key=tuple(request.key.split(",")) if request.key else table.key,
+        text=facts.text.given,
+        text_sql=facts.text.canonical,
+        text_columns=facts.text.columns,
+        column=column.name,
+        column_type=column.type_name,
+        vector_schema=facts.server.vector_schema or "public",
+        old=Generation(
+            facts.old_number, facts.old, cut_name(column.name, f"_g{facts.old_number}"), cut_name(own, "_pending")
+        ),
+        new=Generation(
+            facts.next_number, facts.new, cut_name(column.name, f"_g{facts.next_number}"), cut_name(new, "_pending")
+        ),
+        indexes=targets,
+        live_indexes=tuple(LiveIndex(i.oid, i.name, cut_name(own, f"_{n}")) for n, i in enumerate(live, 1)),
+        not_null=column.not_null,
+        not_null_name=column.not_null_name,
+        stem=new,
+        backup=cut_name(f"{table.name}_backup", f"_{facts.old.dimension}") if request.backup else None,
+        consents=request.consents,
+    )
+
+
+def _target_indexes(request: Request, facts: Facts, live: list[Index], new: str) -> tuple[TargetIndex, ...]:
+    """`auto`: every HNSW index as it is; IVFFlat, or none, becomes HNSW. `same` keeps IVFFlat too."""
+    choice: IndexChoice = request.index or "auto"
+    hnsw: tuple[tuple[str, str], ...] = (
+        ("m", str(request.m or 16)),
+        ("ef_construction", str(request.ef_construction or 64)),
+    )
+    ivfflat: tuple[tuple[str, str], ...] = (("lists", str(request.lists or DEFAULT_LISTS)),)
+    default_opclass = f'"{facts.server.vector_schema or "public"}".{facts.column.type_name}_cosine_ops'
+
+    def given(method: str, parameters: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        """The user's own numbers win over those of the index that is rebuilt."""
+        asked = {"m": request.m, "ef_construction": request.ef_construction, "lists": request.lists}
+        names = ("m", "ef_construction") if method == "hnsw" else ("lists",)
+        return tuple({**dict(parameters), **{n: str(asked[n]) for n in names if asked[n] is not None}}.items())
+
+    targets: list[TargetIndex] = []
+    for number, index in enumerate(live, 1):
+        method, parameters = index.method, given(index.method, index.parameters)
+        if choice in ("hnsw", "ivfflat") and index.method != choice:
+            method, parameters = choice, hnsw if choice == "hnsw" else ivfflat
+        elif choice == "auto" and index.method == "ivfflat":
+            method, parameters = "hnsw", hnsw
+        targets.append(
+            TargetIndex(method, index.opclass, parameters, cut_name(new, f"_{number}"), index.name, index.predicate)
+        )
+    if not targets:
+        method = "ivfflat" if choice == "ivfflat" else "hnsw"
+        name = cut_name(f"{facts.table.name}_{facts.column.name}", "_idx")
+        targets.append(
+            TargetIndex(method, default_opclass, hnsw if method == "hnsw" else ivfflat, cut_name(new, "_1"), name)
+        )
+    unique: dict[tuple[Any, ...], TargetIndex] = {}
+    for target in targets:
+        unique.setdefault((target.method, target.opclass, target.parameters, target.predicate), target)
+    return tuple(unique.values())
+
+
+def _findings(request: Request, facts: Facts, plan: Plan) -> list[Finding]:
+    server, table, column, counts, measured = facts.server, facts.table, facts.column, facts.counts, facts.measured
+    found: list[Finding] = [
+        Finding("server", f"PostgreSQL {server.version}, pgvector {server.vector_version}"),
+        _table_finding(table),
+        _rights_finding(server, table),
+        Finding(
+            "vector column", f"{table.name}.{column.name}, {column.type}" + (", NOT NULL" if column.not_null else "")
+        ),
+        _dimension_finding(facts, plan),
+        _text_finding(table, facts.text, counts),
+        _null_vector_finding(request, facts),
+        _window_finding(measured, facts.new),
+        _old_model_finding(facts, plan),
+        _index_limit_finding(plan),
+        _trigger_finding(facts, plan),
+        *_dependent_findings(facts),
+    ]
+    if facts.taken:
+        found.append(
+            Finding(
+                "names",
+                f"taken: {', '.join(facts.taken)}",
+                False,
+                "An object with a name of ours is not in our ledger: it is yours and will not be touched.",
+                "rename or drop it",
+            )
+        )
+    else:
+        found.append(Finding("names", f"free: column {plan.new.column}, trigger and functions {plan.stem}"))
+    if plan.backup:
+        found.append(
+            Finding("backup", f"key {', '.join(plan.key)}; copies to {plan.backup}")
+            if plan.key
+            else Finding(
+                "backup",
+                "the table has no key",
+                False,
+                "A copy without a key cannot be put back.",
+                "name unique columns with --key, or leave out --backup",
+            )
+        )
+    if facts.star_statements:
+        found.append(
+            Finding(
+                "SELECT *",
+                f"{len(facts.star_statements)} recorded or prepared statement(s), such as: {facts.star_statements[0]}",
+                None,
+                "A prepared SELECT * fails once (0A000) when a column is added, until its connection is renewed.",
+                "list the columns, or reconnect after expand",
+            )
+        )
+    found.append(Finding("downloads", facts.downloads or f"nothing; {facts.new.model} is at hand"))
+    return found
+
+
+def _table_finding(table: Table) -> Finding:
+    name = f"{table.schema}.{table.name}"
+    kinds = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "p": "a partitioned table"}
+    if table.kind in kinds:
+        return Finding(
+            "table",
+            f"{name} is {kinds[table.kind]}",
+            False,
+            "revector upgrades plain tables.",
+            "name the plain table behind it",
+        )
+    if table.persistence == "t":
+        return Finding(
+            "table", f"{name} is temporary", False, "Other sessions cannot see it.", "name a permanent table"
+        )
+    if table.has_children or table.is_child:
+        return Finding(
+            "table",
+            f"{name} has inheritance parents, children or partitions",
+            False,
+            "A trigger does not reach inheritance children.",
+            "name a plain table",
+        )
+    return Finding("table", f"{name}, key {', '.join(table.key) or 'none'}, {table.total_bytes / 2**20:,.1f} MiB")
+
+
+def _rights_finding(server: Server, table: Table) -> Finding:
+    if not table.owned:
+        return Finding(
+            "rights",
+            f"role {server.role} does not own {table.name}",
+            False,
+            "Adding a column needs its owner.",
+            f'connect as "{table.owner}", or: GRANT "{table.owner}" TO "{server.role}"',
+        )
+    if not server.may_create_schema and not server.has_ledger:
+        return Finding(
+            "rights",
+            f"role {server.role} may not create a schema in {server.database}",
+            False,
+            "The ledger lives in a schema of its own, revector.",
+            f'GRANT CREATE ON DATABASE "{server.database}" TO "{server.role}"',
+        )
+    if not server.may_use_temp:
+        return Finding(
+            "rights",
+            f"role {server.role} may not use temporary tables",
+            False,
+            "Vectors are staged in one.",
+            f'GRANT TEMPORARY ON DATABASE "{server.database}" TO "{server.role}"',
+        )
+    if table.forces_row_security and not server.bypasses_rls:
+        return Finding(
+            "rights",
+            f"{table.name} forces row level security on its owner",
+            False,
+            "Hidden rows would never get a new vector.",
+            f'ALTER ROLE "{server.role}" BYPASSRLS',
+        )
+    return Finding(
+        "rights",
+        f"role {server.role} owns the table"
+        + ("" if server.may_be_replica else "; may not set session_replication_role"),
+    )
+
+
+def _dimension_finding(facts: Facts, plan: Plan) -> Finding:
+    declared = facts.column.dimension
+    if declared is not None and declared != facts.old.dimension:
+        return Finding(
+            "dimensions",
+            f"{facts.old.model} gives {facts.old.dimension} dimensions, {facts.column.name} has {declared}",
+            False,
+            "These vectors cannot come from that model.",
+            "name the model that made them with --from",
+        )
+    text = f"{facts.old.dimension} ({facts.old.model}) -> {facts.new.dimension} ({facts.new.model})"
+    if facts.old.dimension == facts.new.dimension:
+        return Finding(
+            "dimensions",
+            text,
+            None,
+            "With equal dimensions nothing stops an application that still writes or searches with the old model after cutover: results would be wrong, not an error.",
+            "stop or upgrade writers of the bare table first; cutover asks for --bare-writers-stopped",
+        )
+    return Finding("dimensions", text)
+
+
+def _text_finding(table: Table, text: Text, counts: Counts) -> Finding:
+    told = f"{text.given}: {counts.rows:,} rows, {counts.null_texts:,} NULL, {counts.blank_texts:,} blank"
+    guilty = [(name, n) for name, n in counts.null_parts if n]
+    if guilty and len(text.columns) > 1:
+        parts = ", ".join(f"{name} ({n:,})" for name, n in guilty)
+        return Finding(
+            "text",
+            told,
+            None,
+            f"Rows have no text because one part is NULL: {parts}; they get no vector.",
+            f"write coalesce({guilty[0][0]}, '') in --text to include them",
+        )
+    return Finding("text", told)
+
+
+def _null_vector_finding(request: Request, facts: Facts) -> Finding:
+    counts, column = facts.counts, facts.column
+    without = counts.texts_without_vector
+    if column.not_null and counts.null_texts:
+        return Finding(
+            "vectors",
+            f"{column.name} is NOT NULL, and {counts.null_texts:,} rows have no text",
+            False,
+            "They would end without a vector, so NOT NULL could not be given back at finalize.",
+            "give them a text (or use coalesce in --text), or drop NOT NULL from the column",
+        )
+    if without and not request.consents.include_null:
+        return Finding(
+            "vectors",
+            f"{without:,} rows have a text but no vector",
+            False,
+            "They may be drafts, or the application's own queue: revector would give them a vector.",
+            "--include-null embeds them too",
+        )
+    return Finding(
+        "vectors",
+        f"{counts.rows - counts.null_vectors:,} of {counts.rows:,} rows have one"
+        + (f"; {without:,} more will get one" if without else ""),
+    )
+
+
+def _window_finding(measured: Measured, new: Identity) -> Finding:
+    if measured.window is None:
+        return Finding("length", f"mean {measured.tokens:.0f} tokens; {new.model} has no window")
+    told = f"mean {measured.tokens:.0f} tokens; {measured.too_long} of {measured.texts} sampled texts exceed {new.model}'s window of {measured.window}"
+    if measured.too_long:
+        return Finding(
+            "length",
+            told,
+            None,
+            "The model reads only the beginning of those texts.",
+            "split long texts into chunks if search must find their ends",
+        )
+    return Finding("length", told)
+
+
+def _old_model_finding(facts: Facts, plan: Plan) -> Finding:
+    cosines = facts.measured.old_cosines
+    if not cosines:
+        return Finding("old model", "no vectors to compare yet", None if facts.counts.rows else True)
+    agreeing = sum(c >= plan.verify_threshold for c in cosines)
+    told = f"{agreeing} of {len(cosines)} sampled vectors are {facts.old.model}'s (cosine >= {plan.verify_threshold})"
+    if agreeing < 0.5 * len(cosines):
+        return Finding(
+            "old model",
+            told,
+            False,
+            f"Median cosine {sorted(cosines)[len(cosines) // 2]:.3f}: another model, prompt or text made these vectors.",
+            "correct --from or --text",
+        )
+    if agreeing < len(cosines):
+        return Finding(
+            "old model",
+            told,
+            None,
+            "The others are stale, or of another text; rollback would answer with them.",
+            "cutover --refresh-old re-embeds them",
+        )
+    return Finding("old model", told)
+
+
+def _index_limit_finding(plan: Plan) -> Finding:
+    limit = INDEX_LIMITS[plan.column_type]
+    dimension = plan.new.model.dimension
+    told = "; ".join(
+        f"{i.method} ({', '.join(f'{k}={v}' for k, v in i.parameters)}) {i.opclass.rsplit('.', 1)[-1]}"
+        + (f" WHERE {i.predicate}" if i.predicate else "")
+        for i in plan.indexes
+    )
+    if dimension > limit:
+        return Finding(
+            "index",
+            f"{told}: {plan.column_type} indexes take at most {limit} dimensions, {plan.new.model.model} has {dimension}",
+            False,
+            "Without an index every search would read the whole table.",
+            "choose a model of fewer dimensions, or set EMBEDDING_DIMENSION where the model can shorten its vectors",
+        )
+    return Finding("index", told)
+
+
+def _trigger_finding(facts: Facts, plan: Plan) -> Finding:
+    others = [t for t in facts.table.triggers if t.enabled != "D"]
+    later = [t.name for t in others if t.before_row and t.name.encode() > plan.trigger.encode()]
+    if later:
+        return Finding(
+            "triggers",
+            f"{', '.join(later)} sort(s) after ours",
+            False,
+            "It could change the text after we looked.",
+            f'ALTER TRIGGER "{later[0]}" ON {facts.table.name} RENAME TO ...',
+        )
+    fired = [t.name for t in others if t.on_any_update] + list(facts.table.update_rules)
+    if fired and not facts.server.may_be_replica and not plan.consents.accept_triggers:
+        return Finding(
+            "triggers",
+            f"writing vectors would fire {', '.join(fired)}",
+            False,
+            "This role may not set session_replication_role, which would keep them quiet.",
+            f'GRANT SET ON PARAMETER session_replication_role TO "{facts.server.role}", or accept them with --accept-triggers',
+        )
+    return Finding(
+        "triggers",
+        f"{len(others)} of the table's own"
+        + ("" if not fired or not facts.server.may_be_replica else "; ours will not fire them"),
+    )
+
+
+def _dependent_findings(facts: Facts) -> list[Finding]:
+    found = [
+        Finding(
+            "dependents",
+            d.description,
+            False,
+            f"It is tied to {facts.column.name} and would stay on the old column.",
+            d.remedy,
+        )
+        for d in facts.dependents
+    ]
+    if facts.functions:
+        found.append(
+            Finding(
+                "functions",
+                f"{', '.join(facts.functions[:5])} name(s) table and column",
+                None,
+                "After cutover they read the new model's vectors.",
+                "check what they do",
+            )
+        )
+    return found or [Finding("dependents", f"nothing else hangs on {facts.column.name}")]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What the run will take; every figure follows from the sample."""
+
+    rows: int
+    tokens: int
+    rate: float | None
+    backfill_seconds: float | None
+    index_seconds: float
+    verify_seconds: float
+    bytes_before: int
+    bytes_added: int
+    hot_share: float
+
+
+def estimate(plan: Plan, facts: Facts) -> Estimate:
+    """Time per phase and storage, from the measured sample."""
+    rows = facts.counts.rows - facts.counts.null_texts
+    dimension = plan.new.model.dimension
+    width = 4 if plan.column_type == "vector" else 2
+    vector = width * dimension + 8
+    # HNSW: one element and one neighbour tuple a row, whole tuples on 8 kB pages (pgvector: src/hnsw.h).
+    index = 0
+    for target in plan.indexes:
+        m = int(dict(target.parameters).get("m", 16))
+        element = vector + 72 + (2 * m * 6 + 20 if target.method == "hnsw" else 0)
+        index += math.ceil(rows / max(1, 8152 // element)) * 8192
+    scale = (rows / 1000) * max(1.0, math.log(max(rows, 2)) / math.log(1000))
+    tuple_bytes = facts.table.heap_bytes / max(facts.counts.rows, 1)
+    per_page = max(1.0, 8168 / max(tuple_bytes, 1))
+    added = vector if tuple_bytes + vector < 2032 else 20
+    rate = facts.measured.rate
+    return Estimate(
+        rows=rows,
+        tokens=round(rows * facts.measured.tokens),
+        rate=rate,
+        backfill_seconds=rows / rate if rate else None,
+        index_seconds=facts.measured.index_seconds * scale,
+        verify_seconds=min(rows, 200) / rate if rate else 0.0,
+        bytes_before=facts.table.total_bytes,
+        bytes_added=rows * (vector + 40) + index,
+        hot_share=hot_share(tuple_bytes, added, per_page),
+    )
+
+
+def hot_share(tuple_bytes: float, added_bytes: float, rows_per_page: float) -> float:
+    """Expected share of HOT updates when written in offset order: s/(s+g) - 1/n."""
+    if tuple_bytes <= 0:
+        return 0.0
+    return max(0.0, tuple_bytes / (tuple_bytes + added_bytes) - 1 / max(rows_per_page, 1))
+
+
+def differs(plan: Plan, request: Request) -> list[str]:
+    """The given options that contradict an open migration's plan; omitted ones take the plan's values."""
+    said: list[tuple[str, object, object]] = [
+        ("--to", request.to, plan.new.model.model),
+        ("--from", request.from_, plan.old.model.model),
+        ("--text", request.text, plan.text),
+        ("--vector", request.vector, plan.column),
+        ("--key", request.key and tuple(request.key.split(",")), plan.key),
+        ("--backup", request.backup or None, bool(plan.backup)),
+    ]
+    wrong = [
+        f"{name} {given if not isinstance(given, tuple) else ','.join(given)}"
+        for name, given, planned in said
+        if given is not None and given != planned
+    ]
+    parameters = dict(plan.indexes[0].parameters) if plan.indexes else {}
+    if request.index in ("hnsw", "ivfflat") and any(i.method != request.index for i in plan.indexes):
+        wrong.append(f"--index {request.index}")
+    for name in ("m", "ef_construction", "lists"):
+        given = getattr(request, name)
+        if given is not None and parameters.get(name) != str(given):
+            wrong.append(f"--{name.replace('_', '-')} {given}")
+    return wrong
+
+
+def with_consents(plan: Plan, consents: Consents) -> Plan:
+    """The plan with consents added; one given stays given."""
+    merged = Consents(
+        plan.consents.accept_triggers or consents.accept_triggers, plan.consents.include_null or consents.include_null
+    )
+    return replace(plan, consents=merged)

@@ -1,0 +1,314 @@
+"""Collect the facts that a plan is made of: catalog, counts, samples, measured speeds. Changes nothing."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+from psycopg import sql
+
+from revector.catalog import (
+    Column,
+    Server,
+    Table,
+    Text,
+    dependents,
+    find_table,
+    functions_naming,
+    read_server,
+    read_table,
+    read_text,
+    sample_clause,
+)
+from revector.db import Session, block, raw
+from revector.embed import Embedder, known_models
+from revector.errors import Refused, UsageError
+from revector.ledger import Ledger, exists, require
+from revector.plan import Counts, Facts, Measured, Plan, Request, TargetIndex, draft
+from revector.settings import Settings
+from revector.work import embedder_for
+
+#: Texts of the real rows that the new model's speed is measured on, within so many seconds.
+_SAMPLE: Final = 64
+_SECONDS: Final = 10.0
+#: Stored vectors that are compared with what the old model gives.
+_COMPARED: Final = 24
+_INDEX_ROWS: Final = 1000
+_OLDEST_VECTOR: Final = (0, 5)
+
+
+def survey(
+    session: Session, name: str, request: Request, settings: Settings, *, note: Callable[[str], None] = lambda _: None
+) -> tuple[Facts, dict[str, Embedder]]:
+    """Everything that the plan needs to know, and the two models, loaded.
+
+    Raises `UsageError` for names and models that do not exist, `Refused` where there is no usable pgvector.
+    """
+    server = read_server(session)
+    table = read_table(session, find_table(session, name))
+    check_vector(server)
+    column = table.vector_column(request.vector or _vector_column(table))
+    known = exists(session)
+    if known:
+        require(session)
+    ledger = Ledger(session, table.oid)
+    live = ledger.live(column.name) if known else None
+    text = read_text(session, table, request.text or (live.text if live else "content"))
+    if request.key:
+        for part in request.key.split(","):
+            table.column(part)
+        if frozenset(request.key.split(",")) not in table.unique:
+            raise UsageError(
+                f"--key {request.key} is not unique in {table.name}",
+                why="A key must name exactly one row, by a unique index.",
+                hint=f"leave --key out{'' if not table.key else ': the primary key is ' + ','.join(table.key)}",
+            )
+    new = Embedder(
+        request.to or settings.embedding_model,
+        dimension=settings.embedding_dimension if request.to in (None, settings.embedding_model) else None,
+        settings=settings,
+    )
+    if live is not None and request.from_ in (None, live.model.model):
+        old = embedder_for(live.model, settings)
+        note(f"loading {old.spec}")
+        old.check_identity(live.model)
+        old_identity = live.model
+    else:
+        if request.from_ is None:
+            raise _no_from(table, column)
+        old = Embedder(request.from_, settings=settings)
+        note(f"loading {old.spec}")
+        old_identity = old.identity()
+    downloads = new.download_needed()
+    note(f"loading {new.spec}")
+    new_identity = new.identity()
+    if new_identity.model == old_identity.model:
+        raise UsageError(
+            f"{new_identity.model} answers already", hint=f"name another model: revector plan {name} --to MODEL"
+        )
+    counts = _counts(session, table, text, column)
+    opened = ledger.latest() if known else None
+    ours = ledger.owned() if opened and not opened.stage.closed else {}
+    numbers = (live.number if live else 1, ledger.next_number() if known else 2)
+    measured = _measure(session, table, text, column, old, new, counts, request.batch_size or 50, note)
+    facts = Facts(
+        server=server,
+        table=table,
+        text=text,
+        column=column,
+        old=old_identity,
+        new=new_identity,
+        old_number=numbers[0],
+        next_number=numbers[1],
+        counts=counts,
+        measured=measured,
+        dependents=dependents(session, table, column, frozenset(ours.values())),
+        functions=functions_naming(session, table, column),
+        taken=(),
+        star_statements=_star_statements(session, table),
+        downloads=downloads,
+    )
+    preliminary = draft(request, facts).plan
+    return _with(facts, session, preliminary, set(ours)), {"old": old, "new": new}
+
+
+def check_vector(server: Server) -> None:
+    """Refuse a database without a pgvector that revector can work with."""
+    if server.vector_version is None:
+        raise Refused(
+            f"pgvector is not installed in database {server.database}",
+            why="The extension named vector is missing.",
+            hint="as a superuser of that database: CREATE EXTENSION vector",
+        )
+    if tuple(int(n) for n in re.findall(r"\d+", server.vector_version)[:2]) < _OLDEST_VECTOR:
+        raise Refused(
+            f"pgvector {server.vector_version} is too old: revector needs 0.5 or newer",
+            why="HNSW indexes came with 0.5.",
+            hint="install a newer pgvector, then: ALTER EXTENSION vector UPDATE",
+        )
+    if server.standby:
+        raise Refused(
+            f"database {server.database} is a standby",
+            why="It cannot be written to.",
+            hint="set DATABASE_URL to the primary",
+        )
+
+
+def _vector_column(table: Table) -> str:
+    vectors = [c.name for c in table.columns if c.is_vector]
+    if "embedding" in vectors:
+        return "embedding"
+    if len(vectors) == 1:
+        return vectors[0]
+    if not vectors:
+        raise UsageError(
+            f"{table.name} has no vector column", why=f"Its columns: {', '.join(c.name for c in table.columns)}."
+        )
+    raise UsageError(
+        f"{table.name} has several vector columns: {', '.join(vectors)}", hint=f"name one: --vector {vectors[0]}"
+    )
+
+
+def _no_from(table: Table, column: Column) -> UsageError:
+    models = known_models(column.dimension) if column.dimension else []
+    return UsageError(
+        f"which model made {table.name}.{column.name}, {column.type.rsplit('.', 1)[-1]}? revector does not know yet",
+        why=f"Models of that dimension: {', '.join(models) or 'none that is well known'}.",
+        hint=f"name it: --from {models[0] if models else 'MODEL'}",
+    )
+
+
+def _counts(session: Session, table: Table, text: Text, column: Column) -> Counts:
+    if table.kind not in "rp":
+        return Counts(0, 0, 0, 0, 0, 0)
+    parts = {"table": table.identifier, "text": raw(text.canonical), "column": sql.Identifier(column.name)}
+    row = session.row(block("catalog", "texts", **parts))
+    assert row is not None
+    guilty: list[tuple[str, int]] = []
+    if row.null_texts and len(text.columns) > 1:
+        for name, _ in text.columns:
+            statement = block(
+                "catalog", "null_parts", table=table.identifier, text=raw(text.canonical), column=sql.Identifier(name)
+            )
+            guilty.append((name, int(session.value(statement))))
+    return Counts(**row._asdict(), null_parts=tuple(guilty))
+
+
+def _measure(
+    session: Session,
+    table: Table,
+    text: Text,
+    column: Column,
+    old: Embedder,
+    new: Embedder,
+    counts: Counts,
+    batch: int,
+    note: Callable[[str], None],
+) -> Measured:
+    texts = _sampled(session, table, "sample_texts", _SAMPLE, text=raw(text.canonical))
+    stored = _sampled(session, table, "sample", _COMPARED, text=raw(text.canonical), column=sql.Identifier(column.name))
+    window = new.max_tokens()
+    rate, tokens, too_long = None, 0.0, 0
+    if texts:
+        lengths = new.count_tokens([row.text for row in texts])
+        tokens = float(lengths.mean())
+        too_long = int((lengths > window).sum()) if window else 0
+        note(f"measuring {new.spec} on {len(texts)} of your rows")
+        rate = _rate(new, [row.text for row in texts], batch)
+    cosines: tuple[float, ...] = ()
+    if stored and column.dimension in (None, old.get_embedding_dimension()):
+        note(f"comparing {len(stored)} stored vectors with {old.spec}'s")
+        given = np.array([[float(x) for x in row.vector.strip("[]").split(",")] for row in stored], dtype=np.float32)
+        fresh, _ = old.encode_isolating([row.text for row in stored], batch_size=batch)
+        norms = np.linalg.norm(given, axis=1) * np.linalg.norm(fresh, axis=1)
+        same = (given * fresh).sum(axis=1) / np.where(norms > 0, norms, 1)
+        cosines = tuple(float(c) for c in np.nan_to_num(same))
+    return Measured(len(texts), rate, tokens, too_long, window, cosines, 0.0)
+
+
+def _sampled(session: Session, table: Table, name: str, limit: int, **parts: sql.Composable) -> Sequence[Any]:
+    if table.kind not in "rp":
+        return ()
+    method, percent = sample_clause(table, limit)
+    statement = block("catalog", name, table=table.identifier, method=method, **parts)
+    rows = session.rows(statement, percent=percent, seed=1, limit=limit)
+    return rows or session.rows(
+        block("catalog", name, table=table.identifier, method=sql.SQL("BERNOULLI"), **parts),
+        percent=100.0,
+        seed=1,
+        limit=limit,
+    )
+
+
+def _rate(model: Embedder, texts: list[str], batch: int) -> float:
+    """Documents a second, the first call (warm-up) left out."""
+    model.encode_isolating(texts[:1], batch_size=1)
+    began, done = time.monotonic(), 0
+    size = max(1, min(batch, len(texts)))
+    while done == 0 or (
+        done < 4 * len(texts) and time.monotonic() - began < min(_SECONDS, 0.5 if done >= len(texts) else _SECONDS)
+    ):
+        some = texts[done % len(texts) :][:size]
+        model.encode_isolating(some, batch_size=batch)
+        done += len(some)
+    return done / max(time.monotonic() - began, 1e-9)
+
+
+def _with(facts: Facts, session: Session, plan: Plan, ours: set[tuple[str, str]]) -> Facts:
+    """The facts that need the plan's names: what is taken, and what one index build costs."""
+    index = _time_index(session, plan, plan.indexes[0]) if plan.new.model.dimension <= 2000 else 0.0
+    return replace(
+        facts, taken=_taken(session, facts.table, plan, ours), measured=replace(facts.measured, index_seconds=index)
+    )
+
+
+def _taken(session: Session, table: Table, plan: Plan, ours: set[tuple[str, str]]) -> tuple[str, ...]:
+    found = [f"column {c.name}" for c in table.columns if c.name in (plan.new.column, plan.old.column)]
+    found += [f"trigger {t.name}" for t in table.triggers if t.name == plan.trigger and ("trigger", t.name) not in ours]
+    for name in (
+        *(i.name for i in plan.indexes),
+        *(i.name for i in plan.live_indexes),
+        plan.new.pending_index,
+        plan.old.pending_index,
+    ):
+        if ("index", name) not in ours and session.row(
+            block("catalog", "relation_named"), schema=plan.schema, name=name
+        ):
+            found.append(f"relation {name}")
+    for name in (plan.function, plan.text_function):
+        if ("function", name) not in ours and session.row(block("catalog", "function_named"), name=name):
+            found.append(f"function revector.{name}")
+    if (
+        plan.backup
+        and ("backup", plan.backup) not in ours
+        and session.row(block("catalog", "relation_named"), schema=plan.schema, name=plan.backup)
+    ):
+        found.append(f"relation {plan.backup}")
+    return tuple(found)
+
+
+def _star_statements(session: Session, table: Table) -> tuple[str, ...]:
+    schema = session.value(
+        "SELECT nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = extnamespace WHERE extname = 'pg_stat_statements'"
+    )
+    if schema is None or "pg_stat_statements" not in str(session.value("SHOW shared_preload_libraries")):
+        return ()
+    statement = block("catalog", "star_statements", statements=sql.Identifier(schema, "pg_stat_statements"))
+    pattern = (
+        rf"(select|returning)\s+(\w+\.)?\*.*\m{re.escape(table.name)}\M|\m{re.escape(table.name)}\M.*returning\s+\*"
+    )
+    return tuple(row.query for row in session.rows(statement, pattern=pattern))
+
+
+class _RolledBack(Exception):
+    """Ends a transaction whose effects are not wanted."""
+
+
+def _time_index(session: Session, plan: Plan, target: TargetIndex) -> float:
+    """Seconds to build the target index on 1,000 random vectors, in a temporary table that is rolled back."""
+    seconds = 0.0
+    parts = {
+        "type": raw(plan.column_sql_type(plan.new)),
+        "method": sql.Identifier(target.method),
+        "opclass": raw(target.opclass),
+    }
+    parameters = sql.SQL(", ").join(
+        sql.SQL("{} = {}").format(sql.Identifier(k), sql.Literal(v)) for k, v in target.parameters
+    )
+    try:
+        with session.transaction():
+            session.execute(block("survey", "trial_table", **parts))
+            session.execute(
+                block("survey", "trial_rows", **parts), rows=_INDEX_ROWS, dimension=plan.new.model.dimension
+            )
+            began = time.monotonic()
+            session.execute(block("survey", "trial_index", parameters=parameters, **parts))
+            seconds = time.monotonic() - began
+            raise _RolledBack
+    except _RolledBack:
+        pass
+    return seconds

@@ -1,0 +1,102 @@
+"""The trigger that makes NULL the queue: which vectors a write leaves, and which it makes pending.
+
+Its rules, statement by statement, stand in docs/explanation/trigger.md. The functions live in schema `revector`, are
+named from the table, and use nothing that a caller's search_path could change.
+"""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from revector.db import Session, block, raw
+from revector.errors import Refused
+from revector.plan import Generation, Plan, stem
+
+
+def create(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
+    """The trigger and its functions as they are before SERVED; the candidate's column must exist."""
+    trigger, function = sql.Identifier(plan.trigger), sql.Identifier(plan.function)
+    arguments = sql.SQL(", ").join(sql.SQL("{} {}").format(sql.Identifier(n), raw(t)) for n, t in plan.text_columns)
+    body = block(
+        "trigger", "body_expanded", text_changed=_text_changed(plan), candidate=sql.Identifier(plan.new.column)
+    )
+    return [
+        block(
+            "trigger",
+            "text_function",
+            function=sql.Identifier(plan.text_function),
+            arguments=arguments,
+            text=raw(plan.text_sql),
+        ),
+        _function("create_function", plan, body),
+        block("trigger", "create_trigger", table=table, trigger=trigger, function=function),
+        block("trigger", "enable_trigger", table=table, trigger=trigger),
+    ]
+
+
+def served(plan: Plan, live: Generation, live_column: str, other_column: str) -> sql.Composable:
+    """The trigger function from SERVED on; `live` is the generation that has the bare name.
+
+    Replace it only under SHARE ROW EXCLUSIVE or stronger: an UPDATE under the old rule may still be in flight.
+    """
+    other = plan.old if live.number == plan.new.number else plan.new
+    live_name, other_name = sql.Identifier(live_column), sql.Identifier(other_column)
+    not_null: sql.Composable = sql.SQL("")
+    if plan.not_null:
+        not_null = block(
+            "trigger", "not_null", live=live_name, other=other_name, column=sql.Literal(plan.column)
+        ) + sql.SQL(";")
+    body = block(
+        "trigger",
+        "body_served",
+        text_changed=_text_changed(plan),
+        live=live_name,
+        other=other_name,
+        live_changed=_changed(live_name),
+        other_changed=_changed(other_name),
+        live_views=sql.Literal(stem(plan.schema, plan.table, live.number)),
+        other_views=sql.Literal(stem(plan.schema, plan.table, other.number)),
+        not_null=not_null,
+    )
+    return _function("replace_function", plan, body)
+
+
+def drop(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
+    """Drop the trigger and its functions."""
+    types = sql.SQL(", ").join(raw(t) for _, t in plan.text_columns)
+    return [
+        block("trigger", "drop_trigger", table=table, trigger=sql.Identifier(plan.trigger)),
+        block("trigger", "drop_function", function=sql.Identifier(plan.function)),
+        block("trigger", "drop_text_function", function=sql.Identifier(plan.text_function), types=types),
+    ]
+
+
+def check(session: Session, plan: Plan) -> None:
+    """Refuse to go on when the trigger is missing, silenced, or no longer the last: writes may have been missed."""
+    row = session.row(block("trigger", "alive"), table=plan.table_oid, trigger=plan.trigger)
+    if row is not None and row.always and row.last:
+        return
+    problem = (
+        "is missing" if row is None else "is no longer the last to fire" if row.always else "is not enabled ALWAYS"
+    )
+    raise Refused(
+        f"{plan.table}: the trigger {plan.trigger} {problem}",
+        why="Someone changed the table's triggers; edits since then may have kept vectors of their old texts.",
+        hint=f"revector abort {plan.table}, then: revector run {plan.table} --to {plan.new.model.model}",
+    )
+
+
+def _function(name: str, plan: Plan, body: sql.Composable) -> sql.Composable:
+    return block("trigger", name, function=sql.Identifier(plan.function), body=sql.Literal(body.as_string(None)))
+
+
+def _text_changed(plan: Plan) -> sql.Composable:
+    def text(row: sql.SQL) -> sql.Composable:
+        columns = sql.SQL(", ").join(sql.SQL("{}.{}").format(row, sql.Identifier(n)) for n, _ in plan.text_columns)
+        return sql.SQL("revector.{} ({})").format(sql.Identifier(plan.text_function), columns)
+
+    return sql.SQL("pg_catalog.record_image_ne(ROW({}), ROW({}))").format(text(sql.SQL("OLD")), text(sql.SQL("NEW")))
+
+
+def _changed(column: sql.Identifier) -> sql.Composable:
+    return sql.SQL("pg_catalog.record_image_ne(ROW(OLD.{0}), ROW(NEW.{0}))").format(column)

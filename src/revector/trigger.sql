@@ -1,0 +1,118 @@
+-- name: text_function
+-- The text of a row, bound to its names when it is created: no caller's search_path can change what it means.
+-- lock: none
+CREATE FUNCTION revector.{function} ({arguments}) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN ({text})::text;
+
+-- name: create_function
+-- The trigger function; plain CREATE, so that one of the user's is never replaced.
+-- lock: none
+CREATE FUNCTION revector.{function} () RETURNS trigger LANGUAGE plpgsql AS {body};
+
+-- name: replace_function
+-- The trigger function's next version.
+-- lock: SHARE ROW EXCLUSIVE or stronger on the table, taken by the caller in the same transaction
+CREATE OR REPLACE FUNCTION revector.{function} () RETURNS trigger LANGUAGE plpgsql AS {body};
+
+-- name: body_expanded
+-- Before SERVED: the live column is never touched; the candidate becomes NULL when the text changes.
+-- lock: none
+BEGIN
+  IF pg_catalog.current_setting('revector.writer', true) OPERATOR(pg_catalog.=) 'on' THEN
+    IF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' THEN
+      IF {text_changed} THEN NEW.{candidate} := NULL; END IF;
+    END IF;
+  ELSIF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN
+    IF pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'replica' THEN
+      NEW.{candidate} := NULL;
+    END IF;
+  ELSIF {text_changed} THEN
+    NEW.{candidate} := NULL;
+  ELSE
+    NEW.{candidate} := OLD.{candidate};
+  END IF;
+  RETURN NEW;
+END
+
+-- name: body_served
+-- From SERVED on: each writer owns one generation; what it did not write for a new text becomes NULL.
+-- lock: none
+DECLARE
+  schema_name pg_catalog.name;
+  owns_other boolean := false;
+BEGIN
+  IF pg_catalog.current_setting('revector.writer', true) OPERATOR(pg_catalog.=) 'on' THEN
+    IF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' THEN
+      IF {text_changed} THEN NEW.{live} := NULL; NEW.{other} := NULL; END IF;
+    END IF;
+    RETURN NEW;
+  END IF;
+  FOREACH schema_name IN ARRAY pg_catalog.current_schemas(false) LOOP
+    EXIT WHEN schema_name OPERATOR(pg_catalog.=) {live_views};
+    IF schema_name OPERATOR(pg_catalog.=) {other_views} THEN owns_other := true; EXIT; END IF;
+  END LOOP;
+  IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN
+    IF pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'replica' THEN
+      IF owns_other THEN NEW.{live} := NULL; ELSE NEW.{other} := NULL; END IF;
+    END IF;
+    {not_null}
+  ELSIF owns_other THEN
+    IF {text_changed} THEN
+      IF NOT {other_changed} THEN NEW.{other} := NULL; END IF;
+      NEW.{live} := NULL;
+    ELSE
+      NEW.{live} := OLD.{live};
+    END IF;
+  ELSE
+    IF {text_changed} THEN
+      IF NOT {live_changed} THEN NEW.{live} := NULL; END IF;
+      NEW.{other} := NULL;
+    ELSE
+      NEW.{other} := OLD.{other};
+    END IF;
+  END IF;
+  RETURN NEW;
+END
+
+-- name: not_null
+-- The relaxed NOT NULL, for INSERT only: the same error as the constraint gave.
+-- lock: none
+IF NEW.{live} IS NULL AND NEW.{other} IS NULL THEN
+      RAISE not_null_violation USING
+        MESSAGE = pg_catalog.format('null value in column "%s" of relation "%s" violates not-null constraint', {column}::pg_catalog.text, TG_TABLE_NAME),
+        COLUMN = {column}, TABLE = TG_TABLE_NAME, SCHEMA = TG_TABLE_SCHEMA;
+    END IF;
+
+-- name: create_trigger
+-- The one trigger; its name sorts last.
+-- lock: SHARE ROW EXCLUSIVE
+CREATE TRIGGER {trigger} BEFORE INSERT OR UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION revector.{function} ();
+
+-- name: enable_trigger
+-- It fires for replicated rows and for our own writes too.
+-- lock: SHARE ROW EXCLUSIVE
+ALTER TABLE {table} ENABLE ALWAYS TRIGGER {trigger};
+
+-- name: drop_trigger
+-- The table's writes are no longer looked at.
+-- lock: ACCESS EXCLUSIVE
+DROP TRIGGER IF EXISTS {trigger} ON {table};
+
+-- name: drop_function
+-- The functions go with the trigger.
+-- lock: none
+DROP FUNCTION IF EXISTS revector.{function} ();
+
+-- name: drop_text_function
+-- The functions go with the trigger.
+-- lock: none
+DROP FUNCTION IF EXISTS revector.{function} ({types});
+
+-- name: alive
+-- Whether our trigger is there, fires ALWAYS, and is the last of the row's BEFORE triggers.
+-- lock: none
+SELECT t.tgenabled = 'A' AS always,
+       NOT EXISTS (SELECT FROM pg_trigger o WHERE o.tgrelid = t.tgrelid AND NOT o.tgisinternal AND o.oid <> t.oid
+                    AND o.tgtype & 3 = 3 AND o.tgtype & 20 <> 0 AND o.tgenabled <> 'D'
+                    AND o.tgname::text COLLATE "C" > t.tgname::text COLLATE "C") AS last
+  FROM pg_trigger t WHERE t.tgrelid = %(table)s::oid AND t.tgname = %(trigger)s;

@@ -1,0 +1,278 @@
+"""What a phase is given (`Work`), and what it tells while it works (`Observation`)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from psycopg import sql
+
+from revector.db import Database, Pause, Session, block, raw
+from revector.embed import Embedder, Identity
+from revector.errors import Interrupted
+from revector.plan import Generation, Plan
+from revector.settings import Settings
+
+#: Every step that changes something, in order. Each ends with its row in the ledger; a kill test stands for each.
+STEPS: Final = (
+    "plan",
+    "backup.create", "backup.copy", "backup.verify",
+    "expand",
+    "backfill.windows", "backfill.window", "backfill.sweep", "backfill",
+    "index.build", "index.pending", "index.analyze", "index",
+    "verify.catch_up", "verify",
+    "serve",
+    "cutover.catch_up", "cutover",
+    "rollback.catch_up", "rollback",
+    "abort.catch_up", "abort.close", "abort.validate", "abort.drop_indexes", "abort.drop_column", "abort",
+    "finalize.catch_up", "finalize.close", "finalize.validate", "finalize.drop_indexes", "finalize.drop_column",
+    "finalize.drop_backup", "finalize",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A phase begins."""
+
+    number: int
+    total: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the present phase is."""
+
+    phase: str
+    done: int
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something the user should read."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """A step has had its effect; its ledger row is not written (for a one-message step: neither is there yet)."""
+
+    step: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A step's effect and its ledger row are both there."""
+
+    step: str
+    figures: Mapping[str, Any]
+
+
+Observation = Phase | Progress | Note | Effect | Recorded
+Observer = Callable[[Observation], None]
+
+
+class LedgerView(Protocol):
+    """What phases need of the ledger."""
+
+    migration: int | None
+
+    def record(self, step: str, figures: dict[str, Any], stage: str | None = None) -> None: ...  # noqa: D102
+    def record_sql(
+        self, step: str, figures: dict[str, Any], stage: str | None = None, closing: str | None = None
+    ) -> list[sql.Composable]: ...  # noqa: D102, E501
+    def guard_sql(self, stages: Sequence[str], closing: str | None = None) -> sql.Composable: ...  # noqa: D102
+    def own(self, kind: str, name: str, oid: int, generation: int | None = None) -> None: ...  # noqa: D102
+    def disown(self, kind: str, name: str) -> None: ...  # noqa: D102
+    def owned(self) -> dict[tuple[str, str], int]: ...  # noqa: D102
+    def attnum(self, number: int) -> int | None: ...  # noqa: D102
+    def make_windows(self, sweep: int, blocks: int, end: int) -> None: ...  # noqa: D102
+    def sweep_state(self, sweep: int) -> tuple[int, int, int]: ...  # noqa: D102
+    def release_leases(self) -> None: ...  # noqa: D102
+    def failures(self, generation: int) -> Mapping[int, Any]: ...  # noqa: D102
+    def fail(self, generation: int, text_hash: int, kind: str, error: str) -> None: ...  # noqa: D102
+    def lease(self, sweep: int, holder: str) -> tuple[int, int] | None: ...  # noqa: D102
+    def beat_leases(self, holder: str) -> None: ...  # noqa: D102
+    def window_done(self, sweep: int, lo: int, written: int, hot: int) -> None: ...  # noqa: D102
+    def expand_sql(self, plan: Plan) -> list[sql.Composable]: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a phase has to say at its end."""
+
+    #: One line for the user.
+    summary: str
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def checked_models(plan: Plan, settings: Settings) -> dict[int, Callable[[], Embedder]]:
+    """Generation number -> its model: loaded at first use, and proven to be the plan's before its first vector."""
+
+    def source(generation: Generation) -> Callable[[], Embedder]:
+        lock = threading.Lock()
+        ready: list[Embedder] = []
+
+        def model() -> Embedder:
+            with lock:
+                if not ready:
+                    embedder = embedder_for(generation.model, settings)
+                    embedder.check_identity(generation.model)
+                    ready.append(embedder)
+            return ready[0]
+
+        return model
+
+    return {generation.number: source(generation) for generation in (plan.old, plan.new)}
+
+
+def embedder_for(identity: Identity, settings: Settings) -> Embedder:
+    """The model of a recorded identity; `dimensions` is asked of a provider only where the settings ask for it."""
+    asked = settings.embedding_dimension if settings.embedding_dimension == identity.dimension else None
+    return Embedder(
+        identity.model,
+        dimension=asked,
+        settings=settings,
+        document_prompt=identity.document_prompt,
+        query_prompt=identity.query_prompt,
+    )
+
+
+@dataclass(slots=True)
+class Work:
+    """Everything a phase may use: the plan, the sessions, the ledger, the models, and someone to tell."""
+
+    plan: Plan
+    database: Database
+    #: The session that holds `steer`; short statements and DDL.
+    control: Session
+    ledger: LedgerView
+    #: The same ledger through another session: each thread has its own.
+    ledger_on: Callable[[Session], LedgerView]
+    #: Generation number -> its model, checked against the plan before its first vector is used.
+    models: Mapping[int, Callable[[], Embedder]]
+    #: Fills what is pending in these generations, with no lock held; returns what is left.
+    catch_up: Callable[[Sequence[int]], Mapping[int, int]] = lambda _: {}
+    observe: Observer = lambda _: None
+    stop: Callable[[], bool] = lambda: False
+    batch_size: int = 50
+    #: Documents a second that the new model was measured at.
+    rate: float = 100.0
+    allow_failed: int = 0
+    allow_pending: int = 1000
+
+    @property
+    def table(self) -> sql.Identifier:
+        """The table, by the name it has now."""
+        return self.table_on(self.control)
+
+    def table_on(self, session: Session) -> sql.Identifier:
+        """The table's present name, read through that session."""
+        row = session.row(block("work", "table_name"), table=self.plan.table_oid)
+        return sql.Identifier(row.nspname, row.relname) if row else sql.Identifier(self.plan.schema, self.plan.table)
+
+    def column(self, generation: Generation, session: Session | None = None) -> str | None:
+        """The name that a generation's column has now, resolved from its attribute number; None: it is gone."""
+        number = self.ledger.attnum(generation.number)
+        if number is None:
+            return None
+        name = (session or self.control).value(block("work", "column_name"), table=self.plan.table_oid, number=number)
+        return str(name) if name is not None else None
+
+    def check_stop(self) -> None:
+        """Stop between two steps when the user has asked for it."""
+        if self.stop():
+            raise Interrupted()
+
+    def note(self, text: str) -> None:
+        """Tell the user something."""
+        self.observe(Note(text))
+
+    @contextmanager
+    def step(self, name: str, stage: str | None = None) -> Iterator[dict[str, Any]]:
+        """A step whose effect and ledger row cannot commit together: the body makes the effect, or sees it is there."""
+        assert name in STEPS, name
+        figures: dict[str, Any] = {}
+        yield figures
+        self.observe(Effect(name))
+        self.ledger.record(name, figures, stage)
+        self.observe(Recorded(name, figures))
+
+    def pause(
+        self,
+        name: str,
+        statements: Sequence[sql.Composable],
+        *,
+        stages: Sequence[str],
+        stage: str | None = None,
+        closing: str | None = None,
+        was_closing: str | None = None,
+        figures: dict[str, Any] | None = None,
+    ) -> Pause:
+        """A step whose effect and ledger row are one message under ACCESS EXCLUSIVE, within the pause budget.
+
+        It fails inside the lock, changing nothing, unless the migration is still at one of `stages`.
+        """
+        assert name in STEPS, name
+        self.observe(Effect(name))
+        pause = self.database.pause(
+            self.control,
+            self.table,
+            [
+                self.ledger.guard_sql(stages, was_closing),
+                *statements,
+                *self.ledger.record_sql(name, figures or {}, stage, closing),
+            ],
+            settle=True,
+            observe=self.note,
+        )
+        told = {"step": name, "wait_ms": round(pause.wait_ms, 1), "hold_ms": round(pause.hold_ms, 1)}
+        self.ledger.record("pause", {**told, "total_ms": round(pause.total_ms, 1), "attempt": pause.attempt})
+        self.observe(Recorded(name, told))
+        return pause
+
+    def none_pending(self, generation: Generation, column: str, allowed: int) -> sql.Composable:
+        """A statement that fails when more than `allowed` rows are pending in a generation whose column has that name.
+
+        Refused texts are counted in, for the ledger cannot be asked by hash under the lock: add them to `allowed`.
+        """
+        body = block(
+            "work",
+            "none_pending",
+            table=self.table,
+            column=sql.Identifier(column),
+            text=raw(self.plan.text_sql),
+            allowed=sql.Literal(allowed),
+            label=raw(generation.model.model.replace("'", "''")),
+        )
+        return sql.SQL("DO {}").format(sql.Literal(body.as_string(None)))
+
+    def indexes_valid(self, generation: Generation, oids: Sequence[int]) -> sql.Composable:
+        """A statement that fails unless these indexes are there and valid."""
+        body = block(
+            "work",
+            "indexes_valid",
+            oids=sql.SQL("{}::oid[]").format(sql.Literal(list(oids))),
+            count=sql.Literal(len(oids)),
+            label=raw(generation.model.model.replace("'", "''")),
+        )
+        return sql.SQL("DO {}").format(sql.Literal(body.as_string(None)))
+
+    def drop_index(self, name: str) -> None:
+        """Drop an index of ours without stopping anyone; one that is not in the ledger stays."""
+        if ("index", name) not in self.ledger.owned():
+            return
+        # lock_timeout = 0: CONCURRENTLY waits for old transactions, and blocks nobody while it waits.
+        self.control.execute("SET lock_timeout = 0")
+        try:
+            self.control.execute(block("work", "drop_index", name=sql.Identifier(self.plan.schema, name)))
+        finally:
+            if not self.control.connection.closed:
+                self.control.execute("SET lock_timeout = '5s'")
+        self.ledger.disown("index", name)

@@ -1,0 +1,37 @@
+-- name: none_pending
+-- Fails unless at most so many rows are pending; read through the pending index, under the caller's lock.
+-- lock: none
+DECLARE
+  pending bigint;
+BEGIN
+  PERFORM pg_catalog.set_config('enable_seqscan', 'off', true);
+  SELECT count(*) INTO pending FROM (
+    SELECT FROM ONLY {table} AS t WHERE t.{column} IS NULL AND ({text}) IS NOT NULL LIMIT {allowed} + 1) AS few;
+  IF pending > {allowed} THEN
+    RAISE EXCEPTION '% rows or more are pending in {label}, % are allowed', pending, {allowed} USING ERRCODE = 'RV001';
+  END IF;
+END
+
+-- name: indexes_valid
+-- Fails unless all of these indexes are there and valid.
+-- lock: none
+BEGIN
+  IF (SELECT count(*) FROM pg_catalog.pg_index WHERE indexrelid = ANY ({oids}) AND indisvalid) <> {count} THEN
+    RAISE EXCEPTION 'an index of {label} is missing or INVALID' USING ERRCODE = 'RV001';
+  END IF;
+END
+
+-- name: column_name
+-- The name that an attribute number has now.
+-- lock: none
+SELECT attname FROM pg_attribute WHERE attrelid = %(table)s::oid AND attnum = %(number)s AND NOT attisdropped;
+
+-- name: table_name
+-- The name that the table has now.
+-- lock: none
+SELECT nspname, relname FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE c.oid = %(table)s::oid;
+
+-- name: drop_index
+-- An index of ours goes without stopping anyone.
+-- lock: SHARE UPDATE EXCLUSIVE
+DROP INDEX CONCURRENTLY IF EXISTS {name};
