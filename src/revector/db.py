@@ -98,6 +98,14 @@ def raw(text: str) -> sql.SQL:
     return sql.SQL(text)
 
 
+def with_clause(parameters: Sequence[tuple[str, str]]) -> sql.Composable:
+    """` WITH (name = value, ...)`, or nothing where an index has the server's defaults."""
+    if not parameters:
+        return sql.SQL("")
+    pairs = (sql.SQL("{} = {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in parameters)
+    return sql.SQL(" WITH ({})").format(sql.SQL(", ").join(pairs))
+
+
 class Session:
     """One connection of ours, in autocommit mode, on pinned ground."""
 

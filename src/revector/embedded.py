@@ -35,14 +35,22 @@ _OWN_ENTRIES: Final = frozenset({"run", "log", "data.new", "postgresql"})
 _ENOUGH_SHARED_MEMORY: Final = 1 << 30
 
 #: Arguments: pg_ctl, data folder, how to stop, then what to remove. `keep`, or the closing of the pipe, ends the wait.
+#: A caller that was killed may have left initdb or pg_ctl at work in there, so removing is tried more than once. The
+#: folder itself may have to stay, empty, where its parent is not the server's account's to write to.
 _GUARD: Final = """
 read -r word
 [ "$word" = keep ] && exit 0
-pg_ctl=$1 data=$2 mode=$3 failed=0
+pg_ctl=$1 data=$2 mode=$3 tries=0
 shift 3
-if [ -e "$data/postmaster.pid" ]; then "$pg_ctl" stop -s -w -t 60 -D "$data" -m "$mode" || failed=1; fi
-if [ $# -gt 0 ]; then rm -rf -- "$@" || failed=1; fi
-exit $failed
+stop() { [ ! -e "$data/postmaster.pid" ] || "$pg_ctl" stop -s -w -t 60 -D "$data" -m "$mode"; }
+stop
+stopped=$?
+while [ $# -gt 0 ] && ! rm -rf -- "$@" && [ -n "$(find "$@" -mindepth 1 | head -n 1)" ] && [ $tries -lt 50 ]; do
+    tries=$((tries + 1))
+    sleep 0.1
+    stop
+done
+exit $stopped
 """
 
 
@@ -118,6 +126,8 @@ def embedded_server(
     finally:
         if not (keep and server):
             guard.communicate()
+            for path in removed:
+                shutil.rmtree(path, ignore_errors=True)
             if guard.returncode and server:
                 raise RevectorError("the embedded PostgreSQL could not be stopped", hint=server.how_to_stop)
 

@@ -66,6 +66,11 @@ class TargetIndex:
     predicate: str | None = None
     expression: str | None = None
 
+    def describe(self) -> str:
+        """In words: `hnsw (m=16, ef_construction=64)`."""
+        parameters = ", ".join(f"{name}={value}" for name, value in self.parameters) or "default parameters"
+        return f"{self.method} ({parameters})" + (f" WHERE {self.predicate}" if self.predicate else "")
+
 
 @dataclass(frozen=True, slots=True)
 class LiveIndex:
@@ -594,11 +599,7 @@ def _old_model_finding(facts: Facts, plan: Plan) -> Finding:
 def _index_limit_finding(plan: Plan) -> Finding:
     limit = INDEX_LIMITS[plan.column_type]
     dimension = plan.new.model.dimension
-    told = "; ".join(
-        f"{i.method} ({', '.join(f'{k}={v}' for k, v in i.parameters)}) {i.opclass.rsplit('.', 1)[-1]}"
-        + (f" WHERE {i.predicate}" if i.predicate else "")
-        for i in plan.indexes
-    )
+    told = "; ".join(f"{i.describe()} {i.opclass.rsplit('.', 1)[-1]}" for i in plan.indexes)
     if dimension > limit:
         return Finding(
             "index",

@@ -24,7 +24,7 @@ from revector.catalog import (
     read_text,
     sample_clause,
 )
-from revector.db import Session, block, raw
+from revector.db import Session, block, raw, with_clause
 from revector.embed import Embedder, known_models
 from revector.errors import Refused, UsageError
 from revector.ledger import Ledger, exists, require
@@ -296,9 +296,6 @@ def _time_index(session: Session, plan: Plan, target: TargetIndex) -> float:
         "method": sql.Identifier(target.method),
         "opclass": raw(target.opclass),
     }
-    parameters = sql.SQL(", ").join(
-        sql.SQL("{} = {}").format(sql.Identifier(k), sql.Literal(v)) for k, v in target.parameters
-    )
     try:
         with session.transaction():
             session.execute(block("survey", "trial_table", **parts))
@@ -306,7 +303,7 @@ def _time_index(session: Session, plan: Plan, target: TargetIndex) -> float:
                 block("survey", "trial_rows", **parts), rows=_INDEX_ROWS, dimension=plan.new.model.dimension
             )
             began = time.monotonic()
-            session.execute(block("survey", "trial_index", parameters=parameters, **parts))
+            session.execute(block("survey", "trial_index", parameters=with_clause(target.parameters), **parts))
             seconds = time.monotonic() - began
             raise _RolledBack
     except _RolledBack:

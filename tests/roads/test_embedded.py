@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,29 @@ def test_temporary_server_is_private_and_leaves_nothing() -> None:
         with pytest.raises(UsageError, match="cannot be made"):
             create_database(server, "postgres")
     assert not server.folder.exists()
+
+
+def test_temporary_folder_goes_where_others_may_not_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with embedded_server() as server:
+        assert server.folder.parent == folder
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.5, 0.8])
+def test_nothing_is_left_by_a_caller_killed_while_it_starts(seconds: float, folder: Path) -> None:
+    folder.chmod(0o777)
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    command = [sys.executable, "-c", CALLER, "stop"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as caller:
+        time.sleep(seconds)
+        caller.kill()
+    limit = time.monotonic() + 20
+    while list(folder.iterdir()) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert list(folder.iterdir()) == []
 
 
 def test_folder_keeps_its_data_and_is_refused_while_it_is_in_use(folder: Path) -> None:

@@ -22,6 +22,7 @@ start = time.perf_counter()
 spec.loader.exec_module(module)
 documents = [[d.id, d.text] for d in module.standard_library()]
 seconds = time.perf_counter() - start
+# What an import may do to a terminal or to a user.
 unwanted = sorted({"antigravity", "readline", "this", "tkinter"} & set(sys.modules))
 json.dump({"documents": documents, "seconds": seconds, "unwanted": unwanted}, sys.stdout)
 """

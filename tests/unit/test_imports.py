@@ -35,15 +35,16 @@ ALLOWED: dict[str, set[str]] = {
     # what is remembered of it, and who stands on that
     "ledger": {"errors", "settings", "embed", "db", "plan"},
     "search": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger"},
+    "knowledge_base": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "search"},
     "survey": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work"},
     "follow": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work", "phases", "trigger"},
     "migration": {"errors", "settings", "embed", "quality", "db", "catalog", "plan", "report"}
     | {"trigger", "work", "phases", "ledger", "search", "survey", "follow"},
     # who asks for it
     "demo": {"errors", "settings", "embed", "db", "catalog", "plan", "report", "work"}
-    | {"ledger", "search", "follow", "migration", "corpus", "embedded"},
+    | {"ledger", "search", "follow", "migration", "knowledge_base", "corpus", "embedded"},
     "cli": {"errors", "settings", "embed", "quality", "db", "catalog", "plan", "report", "work", "phases"}
-    | {"ledger", "search", "survey", "follow", "migration", "demo", "embedded"},
+    | {"ledger", "search", "survey", "follow", "migration", "knowledge_base", "demo", "embedded"},
     "__main__": {"cli"},
 }
 #: Pure parts: no database driver, not even its types.
@@ -79,7 +80,8 @@ def imports_in(path: Path) -> set[str]:
 
 
 def own_parts(imports: set[str]) -> set[str]:
-    return {name.split(".")[1] for name in imports if name.startswith("revector.")}
+    parts = {name.split(".")[1] for name in imports if name.startswith("revector.")}
+    return parts - {"__version__"}
 
 
 def name_of(path: Path) -> str:

@@ -74,7 +74,7 @@ class Local:
         default = prompts.get(self._model.default_prompt_name or "") or ""
         self.document_prompt = prompts.get("document") or prompts.get("passage") or default
         self.query_prompt = prompts.get("query") or default
-        # A tokenizer changes its settings between counting (uncut) and encoding (cut): each thread's use gets its own.
+        # Counting (uncut) and encoding (cut) change a tokenizer's settings, so a thread that counts needs its own.
         self._counting: Any = copy.deepcopy(getattr(self._model[0], "tokenizer", None))
         self._count_lock = threading.Lock()
         self._encode_lock = threading.Lock()

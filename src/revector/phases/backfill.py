@@ -560,20 +560,21 @@ def _place(tid: str) -> tuple[int, int]:
     return int(number), int(place)
 
 
-def catch_up(work: Work, numbers: Sequence[int], *, seconds: float = 600.0) -> dict[int, int]:
-    """Fill what is pending, with no lock held, until nothing is left or two walks in a row could write nothing.
+def catch_up(work: Work, numbers: Sequence[int]) -> dict[int, int]:
+    """Fill what is pending, with no lock held, until nothing is left or what is left no longer shrinks.
 
-    Returns generation number -> rows that are still pending (locked by others, or written meanwhile).
+    Returns generation number -> rows that are still pending: locked by others, or written meanwhile.
     """
-    idle, deadline = 0, time.monotonic() + seconds
+    before: int | None = None
     with Filler(work, numbers) as filler:
         while True:
             written = filler.walk()
             work.check_stop()
             left = {number: filler.pending(number) for number in numbers}
-            idle = 0 if written else idle + 1
-            if not any(left.values()) or idle >= 2 or time.monotonic() > deadline:
+            total = sum(left.values())
+            if not total or (before is not None and total >= before):
                 return left
+            before = total
             if not written:
                 time.sleep(0.5)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from psycopg import errors as pg
 from psycopg import sql
 
-from revector.db import block, raw
+from revector.db import block, raw, with_clause
 from revector.errors import Interrupted, Refused
 from revector.work import Outcome, Progress, Work
 from revector.plan import Generation, Plan, TargetIndex
@@ -29,7 +29,7 @@ def run(work: Work) -> Outcome:
                 "method": target.method,
                 **build(work, target.name, statement, work.plan.new),
             }
-            built.append(f"{target.method} ({', '.join(f'{k}={v}' for k, v in target.parameters)})")
+            built.append(target.describe())
     with work.step("index.pending") as told:
         for generation, statement in zip(
             (work.plan.new, work.plan.old), _pending_statements(work.plan, work.table), strict=True
@@ -60,9 +60,7 @@ def _vector_statement(plan: Plan, target: TargetIndex, table: sql.Composable) ->
         method=sql.Identifier(target.method),
         column=sql.Identifier(plan.new.column),
         opclass=raw(target.opclass),
-        parameters=sql.SQL(", ").join(
-            sql.SQL("{} = {}").format(sql.Identifier(k), sql.Literal(v)) for k, v in target.parameters
-        ),
+        parameters=with_clause(target.parameters),
         predicate=sql.SQL(" WHERE {}").format(raw(target.predicate)) if target.predicate else sql.SQL(""),
     )
 

@@ -21,7 +21,7 @@ from revector.plan import Generation, TargetIndex
 from revector.work import Outcome, Progress, Work
 
 #: Seconds between two looks at pending rows: what is pending in both is stuck.
-LOOK_AGAIN: Final = 10.0
+LOOK_AGAIN = 10.0
 _SAMPLE: Final = 100
 _QUERIES: Final = 20
 _BLOCKS: Final = 512

@@ -1,0 +1,219 @@
+"""SIGKILL at every named step, after its effect and after its ledger row; then the same command; then every row right."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+import victim
+from psycopg import sql
+
+from revector import Embedder, Migration, Settings
+from revector.follow import Follower
+from revector.ledger import Stage
+from revector.work import STEPS
+
+OLD, NEW = Embedder("hash:16"), Embedder("hash:32")
+ROWS = 150
+#: command -> the commands before it; its steps start with its name, `run`'s with those of its phases.
+ROADS: dict[str, tuple[str, ...]] = {
+    "run": (),
+    "cutover": ("run",),
+    "rollback": ("run", "cutover"),
+    "abort": ("run", "cutover", "rollback"),
+    "finalize": ("run", "cutover"),
+}
+OF_RUN = ("plan", "backup", "expand", "backfill", "index", "verify")
+
+
+def road_of(step: str) -> str:
+    head = step.partition(".")[0]
+    return "run" if head in OF_RUN else "cutover" if head == "serve" else head
+
+
+def vector(model: Embedder, text: str) -> str:
+    return str(model.encode([text])[0].tolist())
+
+
+def make(connection: psycopg.Connection) -> None:
+    connection.execute(
+        "CREATE TABLE kb (id int PRIMARY KEY, content text NOT NULL, filler text, embedding vector(16) NOT NULL)"
+    )
+    texts = [f"text {n} of the table" for n in range(ROWS)]
+    with connection.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO kb VALUES (%s, %s, repeat('x', 700), %s)",
+            [(n, text, str(v.tolist())) for n, (text, v) in enumerate(zip(texts, OLD.encode(texts), strict=True))],
+        )
+    connection.execute("CREATE INDEX kb_embedding_idx ON kb USING hnsw (embedding vector_l2_ops) WITH (m = 8)")
+
+
+@contextmanager
+def writing(dsn: str) -> Iterator[list[str]]:
+    """An application that inserts, edits and deletes by ordinary SQL, with its model's vector or without."""
+    stop, errors = threading.Event(), []
+
+    def work() -> None:
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            turn = 0
+            while not stop.wait(0.004):
+                turn += 1
+                number, text = turn * 37 % ROWS, f"edit {turn} of a row"
+                for model in (OLD, NEW):
+                    given = vector(model, text)
+                    try:
+                        if turn % 5 == 0:
+                            connection.execute("INSERT INTO kb (id, content, embedding) VALUES (%s, %s, %s)", (1000 + turn, text, given))
+                        elif turn % 5 == 1:
+                            connection.execute("DELETE FROM kb WHERE id = %s", (1000 + turn - 6,))
+                        else:
+                            connection.execute(
+                                "UPDATE kb SET content = %s, embedding = %s WHERE id = %s", (text, given, number)
+                            )
+                        break
+                    except psycopg.errors.DataException:
+                        continue  # the other model answers now
+                    except psycopg.Error as error:
+                        errors.append(str(error))
+                        break
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield errors
+    finally:
+        stop.set()
+        thread.join()
+
+
+def settle(dsn: str, table: int) -> None:
+    Follower(Settings(database_url=dsn), table).once()
+
+
+def assert_exact(connection: psycopg.Connection, columns: dict[str, Embedder]) -> None:
+    names = sql.SQL(", ").join(map(sql.Identifier, columns))
+    rows = connection.execute(sql.SQL("SELECT content, {} FROM kb").format(names)).fetchall()
+    assert len(rows) >= ROWS
+    for position, (name, model) in enumerate(columns.items(), 1):
+        expected = model.encode([row[0] for row in rows])
+        for row, right in zip(rows, expected, strict=True):
+            assert row[position] is not None, f"{name} has no vector for {row[0]!r}"
+            stored = [float(x) for x in row[position].strip("[]").split(",")]
+            assert max(abs(a - b) for a, b in zip(stored, right, strict=True)) < 1e-5, f"{name} is stale: {row[0]!r}"
+
+
+def proceed(dsn: str, commands: tuple[str, ...]) -> None:
+    for name in commands:
+        with Migration.open(Settings(database_url=dsn), table="kb") as migration:
+            victim.command(migration, name)
+
+
+def finish_and_check(dsn: str, connection: psycopg.Connection, command: str) -> None:
+    """Whatever was killed: the table ends right, and nothing of ours is left behind."""
+    with Migration.open(Settings(database_url=dsn), table="kb") as migration:
+        stage = migration.latest().stage  # type: ignore[union-attr]
+        expected = {
+            "run": Stage.VERIFIED,
+            "cutover": Stage.CUT_OVER,
+            "rollback": Stage.SERVED,
+            "abort": Stage.ABORTED,
+            "finalize": Stage.FINALIZED,
+        }
+        assert stage is expected[command]
+        settle(dsn, migration.oid)
+        if stage is Stage.VERIFIED:
+            assert_exact(connection, {"embedding": OLD, "embedding_g2": NEW})
+        elif stage is Stage.CUT_OVER:
+            assert_exact(connection, {"embedding_g1": OLD, "embedding": NEW})
+            migration.finalize(drop_backup=True)
+        elif stage is Stage.SERVED:
+            assert_exact(connection, {"embedding": OLD, "embedding_g2": NEW})
+        stage = migration.latest().stage  # type: ignore[union-attr]
+        if not stage.closed:
+            migration.abort()
+    assert_exact(connection, {"embedding": NEW if stage is Stage.FINALIZED else OLD})
+    leftovers = connection.execute(
+        "SELECT relname FROM pg_class WHERE relname LIKE 'rv\\_%' UNION SELECT tgname FROM pg_trigger WHERE NOT tgisinternal"
+        " UNION SELECT attname FROM pg_attribute WHERE attrelid = 'kb'::regclass AND attname LIKE '%\\_g_'"
+        " UNION SELECT proname FROM pg_proc WHERE pronamespace = 'revector'::regnamespace"
+    ).fetchall()
+    assert leftovers == []
+    definition = connection.execute("SELECT indexdef FROM pg_indexes WHERE indexname = 'kb_embedding_idx'").fetchone()
+    assert definition is not None and "hnsw" in definition[0] and "vector_l2_ops" in definition[0] and "'8'" in definition[0]
+    not_null = connection.execute(
+        "SELECT attnotnull FROM pg_attribute WHERE attrelid = 'kb'::regclass AND attname = 'embedding'"
+    ).fetchone()
+    assert not_null == (True,)
+
+
+#: Steps that need a condition of their own to happen, and the test that stands for each.
+ELSEWHERE: dict[str, str] = {}
+CASES = [
+    pytest.param(step, moment, id=f"{step}-{moment}", marks=[] if step == "backfill.window" else [pytest.mark.roads])
+    for step in STEPS
+    for moment in ("effect", "recorded")
+    if step not in ELSEWHERE
+]
+
+
+@pytest.mark.parametrize(("step", "moment"), CASES)
+def test_killed_and_given_again(dsn: str, connection: psycopg.Connection, step: str, moment: str) -> None:
+    """A process killed at any named step is completed by the same command, under a live writer."""
+    make(connection)
+    command = road_of(step)
+    with writing(dsn) as errors:
+        proceed(dsn, ROADS[command])
+        killed = subprocess.run(
+            [sys.executable, Path(victim.__file__), dsn, command, step, moment], capture_output=True, text=True, check=False
+        )
+        assert killed.returncode == -signal.SIGKILL, f"{step} did not happen: {killed.stderr[-600:]}"
+        with Migration.open(Settings(database_url=dsn), table="kb") as migration:
+            row = migration.latest()
+            done = row is not None and row.stage.closed
+        if not done and not (moment == "recorded" and step in ("cutover", "rollback")):
+            proceed(dsn, (command,))
+    assert errors == []
+    finish_and_check(dsn, connection, command)
+
+
+MESSAGES = ("expand", "serve", "cutover", "rollback", "abort.close", "abort.drop_column", "finalize.close", "finalize.drop_column")
+
+
+@pytest.mark.roads
+@pytest.mark.parametrize("step", MESSAGES)
+def test_server_session_lost_inside_a_message(dsn: str, connection: psycopg.Connection, step: str) -> None:
+    """Effect and ledger row of a one-message step commit together: losing the session between them leaves neither."""
+    make(connection)
+    command = road_of(step)
+    proceed(dsn, ROADS[command])
+    if command == "run":
+        subprocess.run([sys.executable, Path(victim.__file__), dsn, "run", "plan", "recorded"], check=False)
+    connection.execute(
+        sql.SQL(
+            "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " IF NEW.step = {} THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF; RETURN NEW; END $$"
+        ).format(sql.Literal(step))
+    )
+    connection.execute("CREATE TRIGGER die BEFORE INSERT ON revector.events FOR EACH ROW EXECUTE FUNCTION die()")
+    before = connection.execute("SELECT stage, closing FROM revector.migrations").fetchall()
+    killed = subprocess.run(
+        [sys.executable, Path(victim.__file__), dsn, command, "none", "effect"], capture_output=True, text=True, check=False
+    )
+    assert "ServerLost" in killed.stderr
+    if step.endswith("close") or "." not in step:
+        assert connection.execute("SELECT stage, closing FROM revector.migrations").fetchall() == before or step == "cutover"
+    connection.execute("DROP TRIGGER die ON revector.events; DROP FUNCTION die()")
+    proceed(dsn, (command,))
+    finish_and_check(dsn, connection, command)
+
+
+def test_every_step_has_a_kill_test() -> None:
+    """A step that nobody kills is a step that nobody knows to be safe."""
+    assert {case.values[0] for case in CASES} | set(ELSEWHERE) == set(STEPS)
