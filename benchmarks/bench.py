@@ -107,7 +107,15 @@ def database_side(dsn: str) -> list[Row]:
     ratio = statistics.median(a / b for a, b in zip(ours, usual, strict=True))
     share = statistics.median(hot)
     return [
-        Row("backfill, live HNSW 384-d", statistics.median(ours), "rows/s", statistics.median(usual), ratio, ">= 3 times", ratio >= 3),
+        Row(
+            "backfill, live HNSW 384-d",
+            statistics.median(ours),
+            "rows/s",
+            statistics.median(usual),
+            ratio,
+            ">= 3 times",
+            ratio >= 3,
+        ),
         Row("backfill, HOT updates", share, "share", None, None, ">= 0.80", share >= 0.8),
     ]
 
@@ -121,7 +129,17 @@ def memory(dsn: str) -> list[Row]:
         done = subprocess.run([sys.executable, __file__, "--peak", dsn], check=True, capture_output=True, text=True)
         peaks[rows] = float(done.stdout)
     ratio = peaks[20_000] / peaks[5_000]
-    return [Row("peak memory at 20,000 rows", peaks[20_000], "MiB", peaks[5_000], ratio, "<= 1.2 times that at 5,000", ratio <= 1.2)]
+    return [
+        Row(
+            "peak memory at 20,000 rows",
+            peaks[20_000],
+            "MiB",
+            peaks[5_000],
+            ratio,
+            "<= 1.2 times that at 5,000",
+            ratio <= 1.2,
+        )
+    ]
 
 
 def encoder(dsn: str) -> list[Row]:
@@ -131,7 +149,9 @@ def encoder(dsn: str) -> list[Row]:
     with Migration.open(Settings(database_url=dsn), table="kb") as migration:
         migration.run(Request(from_=OLD, to="bundled:minilm"))
         busy = next(e.figures["encoder_busy"] for e in reversed(migration.events()) if e.step == "backfill")
-    return [Row("encoder busy, bundled:minilm, 1,500 rows", busy, "share of backfill", None, None, ">= 0.90", busy >= 0.9)]
+    return [
+        Row("encoder busy, bundled:minilm, 1,500 rows", busy, "share of backfill", None, None, ">= 0.90", busy >= 0.9)
+    ]
 
 
 def main() -> None:
@@ -143,17 +163,25 @@ def main() -> None:
         dsn = create_database(server, "bench")
         rows = [*database_side(dsn), *memory(dsn), *encoder(dsn)]
         with psycopg.connect(dsn) as connection:
-            version = connection.execute("SELECT current_setting('server_version'), extversion FROM pg_extension WHERE extname = 'vector'").fetchone()
+            version = connection.execute(
+                "SELECT current_setting('server_version'), extversion FROM pg_extension WHERE extname = 'vector'"
+            ).fetchone()
     report = {
         "machine": {"cpu_count": os.cpu_count(), "processor": platform.processor() or platform.machine()},
-        "versions": {"python": platform.python_version(), "postgresql": version[0], "pgvector": version[1]} if version else {},
+        "versions": {"python": platform.python_version(), "postgresql": version[0], "pgvector": version[1]}
+        if version
+        else {},
         "runs": RUNS,
         "rows": [asdict(row) for row in rows],
     }
     (HERE / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     for row in rows:
-        against = f" against {row.baseline:,.2f}: {row.ratio:.2f} times" if row.baseline is not None and row.ratio else ""
-        print(f"{'met   ' if row.met else 'MISSED'} {row.name}: {row.value:,.2f} {row.unit}{against} (target {row.target})")
+        against = (
+            f" against {row.baseline:,.2f}: {row.ratio:.2f} times" if row.baseline is not None and row.ratio else ""
+        )
+        print(
+            f"{'met   ' if row.met else 'MISSED'} {row.name}: {row.value:,.2f} {row.unit}{against} (target {row.target})"
+        )
 
 
 if __name__ == "__main__":

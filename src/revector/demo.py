@@ -107,7 +107,9 @@ def run_demo(
             path = Path(folder) / "standard_library.jsonl"
             _write_corpus(path, rows)
             loaded = load(database, lambda _: old, TABLE, path, observe=observe, stop=stop)
-        print_(f"{loaded.rows:,} pieces of Python's own documentation loaded in {time.monotonic() - began:.0f} s, IVFFlat.")
+        print_(
+            f"{loaded.rows:,} pieces of Python's own documentation loaded in {time.monotonic() - began:.0f} s, IVFFlat."
+        )
         with Searcher(database, settings, TABLE) as searcher:
             before = [searcher.search(question, k=3) for question in QUESTIONS]
         clock, stopping = _Clock(observe), threading.Event()
@@ -118,7 +120,11 @@ def run_demo(
                 print_(f"\nA reader and a writer are at work. Upgrading to {to} beneath them:")
                 migration.run(Request(to=to))
                 clock.close()
-                for command, swap in (("cutover", migration.cutover), ("rollback", migration.rollback), ("cutover again", migration.cutover)):
+                for command, swap in (
+                    ("cutover", migration.cutover),
+                    ("rollback", migration.rollback),
+                    ("cutover again", migration.cutover),
+                ):
                     result = swap(follow=True)
                     pauses.append((command, float(result.figures["pause_ms"])))
                     print_(f"{command}: {result.summary}")
@@ -133,7 +139,9 @@ def run_demo(
         _print_table(print_, loaded.rows, clock.seconds, pauses, reader, writer)
         if keep:
             print_(f"\nThe server stays up. Connect:\n  {server.how_to_connect}\n  export DATABASE_URL='{dsn}'")
-            print_(f"Then, for example: revector status {TABLE}\nStop it:\n  " + server.how_to_stop.replace("\n", "\n  "))
+            print_(
+                f"Then, for example: revector status {TABLE}\nStop it:\n  " + server.how_to_stop.replace("\n", "\n  ")
+            )
         else:
             print_("\nOn a table of yours: revector plan TABLE --from MODEL --to MODEL")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -220,7 +221,13 @@ class Ledger:
     def register(self, number: int, attnum: int | None, text: str, model: Identity, *, live: bool) -> None:
         """Remember a generation."""
         self._run(
-            "register", table=self.table, number=number, attnum=attnum, text=text, model=Jsonb(model.to_json()), live=live
+            "register",
+            table=self.table,
+            number=number,
+            attnum=attnum,
+            text=text,
+            model=Jsonb(model.to_json()),
+            live=live,
         )
 
     def open(self, plan: Plan, batch_size: int, rate: float | None) -> MigrationRow:
@@ -233,11 +240,17 @@ class Ledger:
             )
             self.register(plan.old.number, attnum, plan.text, plan.old.model, live=True)
             self.migration = self._rows(
-                "open", table=self.table, plan=Jsonb(plan.to_json()), fingerprint=plan.fingerprint(), batch_size=batch_size
+                "open",
+                table=self.table,
+                plan=Jsonb(plan.to_json()),
+                fingerprint=plan.fingerprint(),
+                batch_size=batch_size,
             )[0].id
             if rate:
                 self.remember(rate=rate)
-            self.event("plan", {"old": plan.old.model.model, "new": plan.new.model.model, "fingerprint": plan.fingerprint()})
+            self.event(
+                "plan", {"old": plan.old.model.model, "new": plan.new.model.model, "fingerprint": plan.fingerprint()}
+            )
         row = self.latest()
         assert row is not None
         return row
@@ -261,18 +274,22 @@ class Ledger:
                 self._run("advance", migration=self.migration, stage=stage)
             self.event(step, figures)
 
-    def record_sql(self, step: str, figures: dict[str, Any], stage: str | None = None, closing: str | None = None) -> list[sql.Composable]:
+    def record_sql(
+        self, step: str, figures: dict[str, Any], stage: str | None = None, closing: str | None = None
+    ) -> list[sql.Composable]:
         """What `record` does, as statements for a message that also holds the effect."""
         assert self.migration is not None
         statements: list[sql.Composable] = []
         if stage or closing:
             statements.append(
-                sql.SQL("UPDATE revector.migrations SET stage = coalesce({}, stage), closing = {}, changed = now() WHERE id = {}").format(
-                    sql.Literal(stage), sql.Literal(closing), sql.Literal(self.migration)
-                )
+                sql.SQL(
+                    "UPDATE revector.migrations SET stage = coalesce({}, stage), closing = {}, changed = now() WHERE id = {}"
+                ).format(sql.Literal(stage), sql.Literal(closing), sql.Literal(self.migration))
             )
         statements.append(
-            sql.SQL("INSERT INTO revector.events (table_oid, migration, step, figures) VALUES ({}::oid, {}, {}, {})").format(
+            sql.SQL(
+                "INSERT INTO revector.events (table_oid, migration, step, figures) VALUES ({}::oid, {}, {}, {})"
+            ).format(
                 sql.Literal(self.table), sql.Literal(self.migration), sql.Literal(step), sql.Literal(Jsonb(figures))
             )
         )
@@ -351,7 +368,11 @@ class Ledger:
                 "INSERT INTO revector.generations (table_oid, number, attnum, text_given, model, live)"
                 " SELECT attrelid, {}, attnum, {}, {}, false FROM pg_attribute WHERE attrelid = {}::oid AND attname = {}"
             ).format(
-                sql.Literal(plan.new.number), sql.Literal(plan.text), sql.Literal(Jsonb(plan.new.model.to_json())), table, sql.Literal(plan.new.column)
+                sql.Literal(plan.new.number),
+                sql.Literal(plan.text),
+                sql.Literal(Jsonb(plan.new.model.to_json())),
+                table,
+                sql.Literal(plan.new.column),
             ),
             sql.SQL(
                 "INSERT INTO revector.objects (migration, kind, name, oid)"
@@ -364,9 +385,9 @@ class Ledger:
     def retire_sql(self, generation: int) -> list[sql.Composable]:
         """Statements that mark a generation as gone."""
         return [
-            sql.SQL("UPDATE revector.generations SET attnum = NULL, live = false, retired = now() WHERE table_oid = {}::oid AND number = {}").format(
-                sql.Literal(self.table), sql.Literal(generation)
-            )
+            sql.SQL(
+                "UPDATE revector.generations SET attnum = NULL, live = false, retired = now() WHERE table_oid = {}::oid AND number = {}"
+            ).format(sql.Literal(self.table), sql.Literal(generation))
         ]
 
     def retry_failures(self) -> None:
@@ -389,13 +410,15 @@ class Ledger:
         """Refuse a command that does not fit the stage, naming the next one."""
         if row is None:
             raise Refused(
-                f"{name}: no migration has been started", why="Nothing was changed.", hint=f"revector plan {name} --to MODEL"
+                f"{name}: no migration has been started",
+                why="Nothing was changed.",
+                hint=f"revector plan {shlex.quote(name)} --to MODEL",
             )
         if row.closing and row.closing != command and not row.stage.closed:
             raise Refused(
                 f"{name}: {row.closing} has begun and must be completed",
                 why=f"The trigger is gone since then, so {command} could lose writes.",
-                hint=f"revector {row.closing} {name}",
+                hint=f"revector {row.closing} {shlex.quote(name)}",
             )
         if row.stage not in TRANSITIONS[command]:
             live = row.plan.new if row.stage in (Stage.CUT_OVER, Stage.FINALIZED) else row.plan.old
@@ -403,6 +426,6 @@ class Ledger:
             raise Refused(
                 f"{name}: {command} is not possible at {row.stage}",
                 why=f"It is possible at {', '.join(TRANSITIONS[command])}. {live.model.model} answers. Nothing was changed.",
-                hint=f"revector {NEXT[row.stage]} {name}{tail}",
+                hint=f"revector {NEXT[row.stage]} {shlex.quote(name)}{tail}",
             )
         return row

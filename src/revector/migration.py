@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -141,6 +142,8 @@ class Migration:
     ) -> None:
         self.settings = settings
         self.name = table
+        #: The table as a command takes it.
+        self.argument = shlex.quote(table)
         self.observe = observe
         self.stop = stop
         self.database = Database(settings)
@@ -363,7 +366,7 @@ class Migration:
 
     def _backfill(self, work: Work) -> Outcome:
         if not self.control.try_lock("windows", self.oid, shared=True):
-            raise Busy(f"{self.name} is being closed by another command", hint=f"revector status {self.name}")
+            raise Busy(f"{self.name} is being closed by another command", hint=f"revector status {self.argument}")
         try:
             return backfill.run(work)
         finally:
@@ -397,7 +400,7 @@ class Migration:
                 raise GateFailed(
                     f"{self.name}: {row.plan.new.model.model} refuses {len(refused)} texts, {allow_failed} are allowed",
                     why=f"Those rows would vanish from search. {row.plan.old.model.model} still answers.",
-                    hint=f"revector cutover {self.name} --allow-failed {len(refused)}",
+                    hint=f"revector cutover {self.argument} --allow-failed {len(refused)}",
                 )
             self._check_follower(row, follow=follow, without_follower=without_follower)
             work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending)
@@ -438,7 +441,7 @@ class Migration:
                     raise GateFailed(
                         f"{self.name}: {len(refused)} texts have no vector of {keep.model.model}, {allow_failed} are allowed",
                         why=f"The first: {refused[0].error}. The old vectors would be the last ones these rows have.",
-                        hint=f"revector finalize {self.name} --allow-failed {len(refused)}",
+                        hint=f"revector finalize {self.argument} --allow-failed {len(refused)}",
                     )
             outcome = finalize.run(
                 work,
@@ -460,7 +463,7 @@ class Migration:
             raise Refused(
                 f"{self.name}: {old.model} and {new.model} both have {old.dimension} dimensions",
                 why="A writer or reader of the bare table that still uses the other model would get wrong results, not an error.",
-                hint=f"stop or upgrade them first, then: revector {command} {self.name} --bare-writers-stopped",
+                hint=f"stop or upgrade them first, then: revector {command} {self.argument} --bare-writers-stopped",
             )
         if stopped:
             self.ledger.event("consent", {"bare_writers_stopped": True, "command": command})
@@ -479,7 +482,8 @@ class Migration:
                     f"{self.name}: {len(found)} object(s) are tied to {column.name} and would stay behind: "
                     + "; ".join(d.description for d in found),
                     why="Nothing was changed.",
-                    hint="\n".join(dict.fromkeys(d.remedy for d in found)) + f"\nthen: revector {command} {self.name}",
+                    hint="\n".join(dict.fromkeys(d.remedy for d in found))
+                    + f"\nthen: revector {command} {self.argument}",
                 )
 
     def _check_follower(self, row: MigrationRow, *, follow: bool, without_follower: bool) -> None:
@@ -496,7 +500,7 @@ class Migration:
         raise Refused(
             f"{self.name}: no follower is alive",
             why="Without one, rows that are edited after the swap lose their vectors and vanish from search. Nothing was changed.",
-            hint=f"in another terminal: revector follow {self.name}\nor let this command stay and do it: --follow",
+            hint=f"in another terminal: revector follow {self.argument}\nor let this command stay and do it: --follow",
         )
 
     @contextmanager
@@ -564,13 +568,13 @@ class Migration:
         return work
 
     def _command(self, verb: str) -> str:
-        return f"revector {verb} {self.name}"
+        return f"revector {verb} {self.argument}"
 
     def _result(self, command: str, outcome: Outcome) -> Result:
         row = self.latest()
         assert row is not None
         answering = row.plan.new if row.stage in (Stage.CUT_OVER, Stage.FINALIZED) else row.plan.old
-        following = "" if row.stage.closed else f"revector {NEXT[row.stage]} {self.name}"
+        following = "" if row.stage.closed else f"revector {NEXT[row.stage]} {self.argument}"
         return Result(self.name, command, row.stage, answering.model.model, outcome.summary, following, outcome.figures)
 
     def _status(self) -> Status:
@@ -586,7 +590,7 @@ class Migration:
                 0,
                 0,
                 0,
-                f"revector plan {self.name} --from MODEL --to MODEL",
+                f"revector plan {self.argument} --from MODEL --to MODEL",
             )
         row = self.latest()
         live = self.ledger.live()
@@ -606,7 +610,7 @@ class Migration:
                 0,
                 0,
                 following,
-                f"revector plan {self.name}{tail} --to MODEL",
+                f"revector plan {self.argument}{tail} --to MODEL",
             )
         return self._open_status(row, total, following)
 
@@ -654,7 +658,7 @@ class Migration:
             blank,
             failed,
             followers,
-            f"revector {following} {self.name}",
+            f"revector {following} {self.argument}",
             saved,
         )
 
@@ -666,13 +670,13 @@ def _rows(session: Session, table: sql.Composable) -> int:
 def _as_planned(row: MigrationRow, request: Request, name: str) -> Request:
     """Omitted options take the open plan's values; a given one that differs is refused."""
     wrong = differs(row.plan, request)
+    plan = row.plan
     if wrong:
         raise Refused(
             f"{name}: a migration {row.plan.old.model.model} -> {row.plan.new.model.model} is open with other options: {', '.join(wrong)} was not planned",
             why="Half of the vectors would be of another plan. Nothing was changed.",
-            hint=f"go on with it: revector run {name}\nor give it up first: revector abort {name}",
+            hint=f"go on with it: revector run {plan.argument}\nor give it up first: revector abort {plan.argument}",
         )
-    plan = row.plan
     return replace(
         request,
         to=plan.new.model.model,

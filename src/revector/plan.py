@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
@@ -118,8 +119,10 @@ class Plan:
     #: Whether the live column was NOT NULL, and that constraint's name (PostgreSQL 18).
     not_null: bool
     not_null_name: str | None
-    #: The trigger, and the functions in schema revector, share this stem.
-    stem: str
+    #: Name of the trigger; `~` sorts after every ASCII letter, so that it runs last.
+    trigger: str
+    #: Name of the trigger function, in schema revector.
+    function: str
     #: Name of the backup table; None: none wanted.
     backup: str | None
     consents: Consents
@@ -129,19 +132,14 @@ class Plan:
     format: int = FORMAT
 
     @property
-    def trigger(self) -> str:
-        """Name of the trigger: `~` sorts after every ASCII letter, so that it runs last."""
-        return cut_name(f"~{self.stem}")
-
-    @property
-    def function(self) -> str:
-        """Name of the trigger function, in schema revector."""
-        return self.stem
+    def argument(self) -> str:
+        """The table as a command takes it: with its schema outside `public`, quoted for the shell where needed."""
+        return shlex.quote(self.table if self.schema == "public" else f"{self.schema}.{self.table}")
 
     @property
     def text_function(self) -> str:
         """Name of the function that computes the text of a row, in schema revector."""
-        return cut_name(self.stem, "_text")
+        return own_name(self.schema, self.table, self.new.number, "_text")
 
     def generation(self, number: int) -> Generation:
         """The old or the new generation, by its number."""
@@ -230,6 +228,8 @@ class Measured:
     old_cosines: tuple[float, ...]
     #: Seconds to build the target index on 1,000 random vectors.
     index_seconds: float
+    #: Whether the new model has no vector for a blank text (asked only where there are blank texts).
+    refuses_blank: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,9 +289,9 @@ def cut_name(name: str, suffix: str = "") -> str:
     return name.encode()[: room - 9].decode(errors="ignore") + "_" + digest + suffix
 
 
-def stem(schema: str, table: str, generation: int) -> str:
-    """The name `rv_<table>_g<n>`; tables outside `public` carry their schema."""
-    return cut_name(f"rv_{table}" if schema == "public" else f"rv_{schema}__{table}", f"_g{generation}")
+def own_name(schema: str, table: str, generation: int, suffix: str = "") -> str:
+    """The name `rv_<table>_g<n><suffix>`; tables outside `public` carry their schema."""
+    return cut_name(f"rv_{table}" if schema == "public" else f"rv_{schema}__{table}", f"_g{generation}{suffix}")
 
 
 def draft(request: Request, facts: Facts) -> Draft:
@@ -302,10 +302,12 @@ def draft(request: Request, facts: Facts) -> Draft:
 
 def _plan(request: Request, facts: Facts) -> Plan:
     table, column = facts.table, facts.column
-    own = stem(table.schema, table.name, facts.old_number)
-    new = stem(table.schema, table.name, facts.next_number)
+
+    def named(number: int, suffix: str = "") -> str:
+        return own_name(table.schema, table.name, number, suffix)
+
     live = [i for i in table.indexes if i.covers_only(column) and i.valid]
-    targets = _target_indexes(request, facts, live, new)
+    targets = _target_indexes(request, facts, live)
     return Plan(
         table_oid=table.oid,
         schema=table.schema,
@@ -318,22 +320,29 @@ def _plan(request: Request, facts: Facts) -> Plan:
         column_type=column.type_name,
         vector_schema=facts.server.vector_schema or "public",
         old=Generation(
-            facts.old_number, facts.old, cut_name(column.name, f"_g{facts.old_number}"), cut_name(own, "_pending")
+            facts.old_number,
+            facts.old,
+            cut_name(column.name, f"_g{facts.old_number}"),
+            named(facts.old_number, "_pending"),
         ),
         new=Generation(
-            facts.next_number, facts.new, cut_name(column.name, f"_g{facts.next_number}"), cut_name(new, "_pending")
+            facts.next_number,
+            facts.new,
+            cut_name(column.name, f"_g{facts.next_number}"),
+            named(facts.next_number, "_pending"),
         ),
         indexes=targets,
-        live_indexes=tuple(LiveIndex(i.oid, i.name, cut_name(own, f"_{n}")) for n, i in enumerate(live, 1)),
+        live_indexes=tuple(LiveIndex(i.oid, i.name, named(facts.old_number, f"_{n}")) for n, i in enumerate(live, 1)),
         not_null=column.not_null,
         not_null_name=column.not_null_name,
-        stem=new,
+        trigger=cut_name("~" + named(facts.next_number)),
+        function=named(facts.next_number),
         backup=cut_name(f"{table.name}_backup", f"_{facts.old.dimension}") if request.backup else None,
         consents=request.consents,
     )
 
 
-def _target_indexes(request: Request, facts: Facts, live: list[Index], new: str) -> tuple[TargetIndex, ...]:
+def _target_indexes(request: Request, facts: Facts, live: list[Index]) -> tuple[TargetIndex, ...]:
     """`auto`: every HNSW index as it is; IVFFlat, or none, becomes HNSW. `same` keeps IVFFlat too."""
     choice: IndexChoice = request.index or "auto"
     hnsw: tuple[tuple[str, str], ...] = (
@@ -349,6 +358,9 @@ def _target_indexes(request: Request, facts: Facts, live: list[Index], new: str)
         names = ("m", "ef_construction") if method == "hnsw" else ("lists",)
         return tuple({**dict(parameters), **{n: str(asked[n]) for n in names if asked[n] is not None}}.items())
 
+    def named(number: int) -> str:
+        return own_name(facts.table.schema, facts.table.name, facts.next_number, f"_{number}")
+
     targets: list[TargetIndex] = []
     for number, index in enumerate(live, 1):
         method, parameters = index.method, given(index.method, index.parameters)
@@ -356,15 +368,11 @@ def _target_indexes(request: Request, facts: Facts, live: list[Index], new: str)
             method, parameters = choice, hnsw if choice == "hnsw" else ivfflat
         elif choice == "auto" and index.method == "ivfflat":
             method, parameters = "hnsw", hnsw
-        targets.append(
-            TargetIndex(method, index.opclass, parameters, cut_name(new, f"_{number}"), index.name, index.predicate)
-        )
+        targets.append(TargetIndex(method, index.opclass, parameters, named(number), index.name, index.predicate))
     if not targets:
         method = "ivfflat" if choice == "ivfflat" else "hnsw"
         name = cut_name(f"{facts.table.name}_{facts.column.name}", "_idx")
-        targets.append(
-            TargetIndex(method, default_opclass, hnsw if method == "hnsw" else ivfflat, cut_name(new, "_1"), name)
-        )
+        targets.append(TargetIndex(method, default_opclass, hnsw if method == "hnsw" else ivfflat, named(1), name))
     unique: dict[tuple[Any, ...], TargetIndex] = {}
     for target in targets:
         unique.setdefault((target.method, target.opclass, target.parameters, target.predicate), target)
@@ -400,7 +408,7 @@ def _findings(request: Request, facts: Facts, plan: Plan) -> list[Finding]:
             )
         )
     else:
-        found.append(Finding("names", f"free: column {plan.new.column}, trigger and functions {plan.stem}"))
+        found.append(Finding("names", f"free: column {plan.new.column}, trigger and functions {plan.function}"))
     if plan.backup:
         found.append(
             Finding("backup", f"key {', '.join(plan.key)}; copies to {plan.backup}")
@@ -540,6 +548,14 @@ def _null_vector_finding(request: Request, facts: Facts) -> Finding:
             False,
             "They would end without a vector, so NOT NULL could not be given back at finalize.",
             "give them a text (or use coalesce in --text), or drop NOT NULL from the column",
+        )
+    if column.not_null and facts.measured.refuses_blank:
+        return Finding(
+            "vectors",
+            f"{column.name} is NOT NULL, {counts.blank_texts:,} texts are blank, and {facts.new.model} has no vector for them",
+            False,
+            "They would end without a vector, so NOT NULL could not be given back at finalize.",
+            "give them a text, or drop NOT NULL from the column",
         )
     if without and not request.consents.include_null:
         return Finding(

@@ -207,7 +207,8 @@ def _measure(
         norms = np.linalg.norm(given, axis=1) * np.linalg.norm(fresh, axis=1)
         same = (given * fresh).sum(axis=1) / np.where(norms > 0, norms, 1)
         cosines = tuple(float(c) for c in np.nan_to_num(same))
-    return Measured(len(texts), rate, tokens, too_long, window, cosines, 0.0)
+    refuses = bool(counts.blank_texts) and bool(new.encode_isolating([" "], batch_size=1)[1])
+    return Measured(len(texts), rate, tokens, too_long, window, cosines, 0.0, refuses)
 
 
 def _sampled(session: Session, table: Table, name: str, limit: int, **parts: sql.Composable) -> Sequence[Any]:

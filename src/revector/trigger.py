@@ -10,7 +10,7 @@ from psycopg import sql
 
 from revector.db import Session, block, raw
 from revector.errors import Refused
-from revector.plan import Generation, Plan, stem
+from revector.plan import Generation, Plan, own_name
 
 
 def create(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
@@ -54,8 +54,8 @@ def served(plan: Plan, live: Generation, live_column: str, other_column: str) ->
         other=other_name,
         live_changed=_changed(live_name),
         other_changed=_changed(other_name),
-        live_views=sql.Literal(stem(plan.schema, plan.table, live.number)),
-        other_views=sql.Literal(stem(plan.schema, plan.table, other.number)),
+        live_views=sql.Literal(own_name(plan.schema, plan.table, live.number)),
+        other_views=sql.Literal(own_name(plan.schema, plan.table, other.number)),
         not_null=not_null,
     )
     return _function("replace_function", plan, body)
@@ -82,7 +82,7 @@ def check(session: Session, plan: Plan) -> None:
     raise Refused(
         f"{plan.table}: the trigger {plan.trigger} {problem}",
         why="Someone changed the table's triggers; edits since then may have kept vectors of their old texts.",
-        hint=f"revector abort {plan.table}, then: revector run {plan.table} --to {plan.new.model.model}",
+        hint=f"revector abort {plan.argument}, then: revector run {plan.argument} --to {plan.new.model.model}",
     )
 
 

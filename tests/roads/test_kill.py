@@ -70,7 +70,10 @@ def writing(dsn: str) -> Iterator[list[str]]:
                     given = vector(model, text)
                     try:
                         if turn % 5 == 0:
-                            connection.execute("INSERT INTO kb (id, content, embedding) VALUES (%s, %s, %s)", (1000 + turn, text, given))
+                            connection.execute(
+                                "INSERT INTO kb (id, content, embedding) VALUES (%s, %s, %s)",
+                                (1000 + turn, text, given),
+                            )
                         elif turn % 5 == 1:
                             connection.execute("DELETE FROM kb WHERE id = %s", (1000 + turn - 6,))
                         else:
@@ -146,7 +149,12 @@ def finish_and_check(dsn: str, connection: psycopg.Connection, command: str) -> 
     ).fetchall()
     assert leftovers == []
     definition = connection.execute("SELECT indexdef FROM pg_indexes WHERE indexname = 'kb_embedding_idx'").fetchone()
-    assert definition is not None and "hnsw" in definition[0] and "vector_l2_ops" in definition[0] and "'8'" in definition[0]
+    assert (
+        definition is not None
+        and "hnsw" in definition[0]
+        and "vector_l2_ops" in definition[0]
+        and "'8'" in definition[0]
+    )
     not_null = connection.execute(
         "SELECT attnotnull FROM pg_attribute WHERE attrelid = 'kb'::regclass AND attname = 'embedding'"
     ).fetchone()
@@ -171,7 +179,10 @@ def test_killed_and_given_again(dsn: str, connection: psycopg.Connection, step: 
     with writing(dsn) as errors:
         proceed(dsn, ROADS[command])
         killed = subprocess.run(
-            [sys.executable, Path(victim.__file__), dsn, command, step, moment], capture_output=True, text=True, check=False
+            [sys.executable, Path(victim.__file__), dsn, command, step, moment],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert killed.returncode == -signal.SIGKILL, f"{step} did not happen: {killed.stderr[-600:]}"
         with Migration.open(Settings(database_url=dsn), table="kb") as migration:
@@ -183,7 +194,16 @@ def test_killed_and_given_again(dsn: str, connection: psycopg.Connection, step: 
     finish_and_check(dsn, connection, command)
 
 
-MESSAGES = ("expand", "serve", "cutover", "rollback", "abort.close", "abort.drop_column", "finalize.close", "finalize.drop_column")
+MESSAGES = (
+    "expand",
+    "serve",
+    "cutover",
+    "rollback",
+    "abort.close",
+    "abort.drop_column",
+    "finalize.close",
+    "finalize.drop_column",
+)
 
 
 @pytest.mark.roads
@@ -204,11 +224,17 @@ def test_server_session_lost_inside_a_message(dsn: str, connection: psycopg.Conn
     connection.execute("CREATE TRIGGER die BEFORE INSERT ON revector.events FOR EACH ROW EXECUTE FUNCTION die()")
     before = connection.execute("SELECT stage, closing FROM revector.migrations").fetchall()
     killed = subprocess.run(
-        [sys.executable, Path(victim.__file__), dsn, command, "none", "effect"], capture_output=True, text=True, check=False
+        [sys.executable, Path(victim.__file__), dsn, command, "none", "effect"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "ServerLost" in killed.stderr
     if step.endswith("close") or "." not in step:
-        assert connection.execute("SELECT stage, closing FROM revector.migrations").fetchall() == before or step == "cutover"
+        assert (
+            connection.execute("SELECT stage, closing FROM revector.migrations").fetchall() == before
+            or step == "cutover"
+        )
     connection.execute("DROP TRIGGER die ON revector.events; DROP FUNCTION die()")
     proceed(dsn, (command,))
     finish_and_check(dsn, connection, command)

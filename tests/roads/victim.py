@@ -19,9 +19,7 @@ verify.LOOK_AGAIN = 0.5
 def command(migration: Migration, name: str) -> None:
     if name == "run":
         migration.run(
-            Request(
-                from_="hash:16", to="hash:32", backup=True, batch_size=7, consents=Consents(include_null=True)
-            )
+            Request(from_="hash:16", to="hash:32", backup=True, batch_size=7, consents=Consents(include_null=True))
         )
     elif name == "finalize":
         migration.finalize(drop_backup=True)

@@ -112,7 +112,7 @@ def run(work: Work) -> Outcome:
         raise GateFailed(
             f"{plan.new.model.model} refuses {len(refused)} texts; {work.allow_failed} are allowed",
             why=f"The first: {refused[0].error}. All other rows are embedded; {plan.old.model.model} still answers.",
-            hint=f"correct those texts, or: revector run {plan.table} --allow-failed {len(refused)}",
+            hint=f"correct those texts, or: revector run {plan.argument} --allow-failed {len(refused)}",
         )
     with work.step("backfill", stage="BACKFILLED") as told:
         told |= figures
@@ -135,7 +135,7 @@ def _parts(work: Work, generation: Generation, session: Session | None = None) -
     if column is None:
         raise Refused(
             f"{work.plan.table}: the column of generation {generation.number} is gone",
-            hint=f"revector abort {work.plan.table}",
+            hint=f"revector abort {work.plan.argument}",
         )
     return {"table": work.table, "column": sql.Identifier(column), "text": raw(work.plan.text_sql)}
 
@@ -378,7 +378,7 @@ def entered(work: Work, session: Session) -> Iterator[_Entered]:
             raise Refused(
                 f"{work.plan.table}: the migration is being closed",
                 why="Nothing more is written.",
-                hint=f"revector status {work.plan.table}",
+                hint=f"revector status {work.plan.argument}",
             )
         columns = {work.plan.old.number: row.old_column, work.plan.new.number: row.new_column}
         yield _Entered(table, {number: sql.Identifier(name) for number, name in columns.items() if name}, row.hot)

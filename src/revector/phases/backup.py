@@ -50,7 +50,7 @@ def run(work: Work, *, complete: bool) -> Outcome:
         if tuple(source) != tuple(copied):
             raise GateFailed(
                 f"the backup {plan.backup} does not equal its source: {copied.rows} rows of {source.rows}",
-                hint=f"revector run {plan.table}",
+                hint=f"revector run {plan.argument}",
             )
         told |= {"rows": copied.rows, "checksum": copied.checksum}
     return Outcome(f"{copied.rows:,} vectors copied to {plan.backup} and verified", {"rows": copied.rows})

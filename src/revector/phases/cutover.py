@@ -28,7 +28,7 @@ def run(work: Work, *, back: bool = False) -> Outcome:
         raise Refused(
             f"{plan.table}: the columns {plan.column} and {incoming.column} are not where this migration left them",
             why="Somebody renamed or dropped one of them. Nothing was changed.",
-            hint=f"revector status {plan.table}",
+            hint=f"revector status {plan.argument}",
         )
     refused = len(work.ledger.failures(incoming.number))
     owned = work.ledger.owned()

@@ -15,7 +15,7 @@ from psycopg import sql
 from revector import trigger
 from revector.db import block
 from revector.errors import Busy, GateFailed, Refused
-from revector.plan import Generation, Plan, cut_name
+from revector.plan import Generation, Plan, own_name
 from revector.work import Outcome, Work
 
 Command = Literal["finalize", "abort"]
@@ -37,7 +37,7 @@ def run(
         _close(work, command, stage, keep, guarded)
     # A worker or follower that is writing right now ends its transaction first and sees `closing` in its next.
     if not work.control.wait_lock("windows", plan.table_oid, seconds=60):
-        raise Busy(f"a worker still writes to {plan.table}", hint=f"stop it, then: revector {command} {plan.table}")
+        raise Busy(f"a worker still writes to {plan.table}", hint=f"stop it, then: revector {command} {plan.argument}")
     if guarded and plan.not_null:
         _validate(work, command)
     with work.step(f"{command}.drop_indexes"):
@@ -92,7 +92,7 @@ def _close(work: Work, command: Command, stage: str, keep: Generation, guarded: 
 
 
 def _constraint(plan: Plan) -> str:
-    return plan.not_null_name or cut_name(plan.stem, "_not_null")
+    return plan.not_null_name or own_name(plan.schema, plan.table, plan.new.number, "_not_null")
 
 
 def _validate(work: Work, command: Command) -> None:
@@ -127,7 +127,7 @@ def _refuse_without_vector(work: Work, keep: Generation, command: Command) -> No
         raise GateFailed(
             f"{count} rows of {work.plan.table} have no vector of {keep.model.model}, and {work.plan.column} was NOT NULL",
             why="Their text is NULL, refused by the model, or still pending. Nothing was changed.",
-            hint=f"give them a text or delete them (SELECT ... WHERE {column} IS NULL), then: revector {command} {work.plan.table}",
+            hint=f"give them a text or delete them (SELECT ... WHERE {column} IS NULL), then: revector {command} {work.plan.argument}",
         )
 
 

@@ -89,7 +89,7 @@ def build(work: Work, name: str, statement: sql.Composable, generation: Generati
             raise Refused(
                 f"{schema}.{name} exists and is not revector's",
                 why="It is not in the ledger, so it is yours and is not touched.",
-                hint=f"rename or drop it, then: revector run {work.plan.table}",
+                hint=f"rename or drop it, then: revector run {work.plan.argument}",
             )
         if state.valid:
             return {"built": False}
@@ -110,7 +110,7 @@ def build(work: Work, name: str, statement: sql.Composable, generation: Generati
                 work.control.execute("SET lock_timeout = '5s'")
     state = work.control.row(block("phases/index", "state"), schema=schema, name=name)
     if state is None or not state.valid:
-        raise Refused(f"index {name} is not valid after it was built", hint=f"revector run {work.plan.table}")
+        raise Refused(f"index {name} is not valid after it was built", hint=f"revector run {work.plan.argument}")
     work.ledger.own("index", name, state.oid, generation.number)
     return {"built": True}
 

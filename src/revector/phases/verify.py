@@ -5,7 +5,6 @@ Lock: ACCESS SHARE. A crash leaves nothing; every check is made again. Each chec
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ def run(work: Work) -> Outcome:
         raise GateFailed(
             "verify: " + "; ".join(f"{c.name}: {c.figure}" for c in failed),
             why=f"Nothing changed; {work.plan.old.model.model} still answers.",
-            hint=f"revector run {work.plan.table}",
+            hint=f"revector run {work.plan.argument}",
         )
     for check in checks:
         work.note(f"{check.name}: {check.figure}")
@@ -189,7 +188,7 @@ def _used(
     for label, setting in (("when asked to", "enable_seqscan"), ("plainly", "jit")):
         with work.control.transaction():
             work.control.execute("SELECT set_config(%(s)s, 'off', true)", s=setting)
-            uses[label] = name in json.dumps(
+            uses[label] = name in _indexes_of(
                 work.control.value(block("phases/verify", "explain", **parts), vector=texts[0])
             )
     rows = _count(work)
@@ -213,6 +212,16 @@ def _used(
         Check(f"index {target.name} answers", f"a search {plain}; recall@10 against exact search {recall:.3f} over {len(texts)} queries",
               uses["when asked to"] and (uses["plainly"] or rows <= _MUST_USE_INDEX)),
     ]  # fmt: skip
+
+
+def _indexes_of(explained: Any) -> set[str]:
+    """The names of the indexes that a plan reads."""
+    if isinstance(explained, list):
+        return set().union(*map(_indexes_of, explained))
+    if isinstance(explained, dict):
+        named = {explained["Index Name"]} if "Index Name" in explained else set()
+        return named.union(*map(_indexes_of, explained.values()))
+    return set()
 
 
 def _count(work: Work) -> int:
