@@ -41,7 +41,7 @@ class Row:
 
 
 def texts(count: int) -> list[str]:
-    words = "window lease vector heap offset prune snapshot index pending follower model table search row page".split()
+    words = ["window", "lease", "vector", "heap", "offset", "prune", "snapshot", "pending", "follower", "row", "page"]
     made = []
     for n in range(count):
         text = f"document {n}"

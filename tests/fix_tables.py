@@ -226,7 +226,7 @@ def assert_exact(
     for position, (name, spec) in enumerate(columns.items(), 2):
         missing = [row[1] for row in rows if row[position] is None]
         assert not missing, f"{name}: {len(missing)} of {len(rows)} rows have no vector, such as {missing[0]!r}"
-        stored = np.array([np.fromstring(row[position][1:-1], sep=",") for row in rows])
+        stored = np.array([[float(x) for x in row[position][1:-1].split(",")] for row in rows])
         expected = embedder(spec).encode([row[1] for row in rows]).astype(np.float64)
         assert stored.shape == expected.shape, f"{name}: vectors of shape {stored.shape}, not {expected.shape}"
         cosines = (stored * expected).sum(axis=1)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from typing import Any, Final, Literal, LiteralString, TypeVar, cast
 
 import psycopg
@@ -36,8 +37,9 @@ T = TypeVar("T")
 PAUSE_BUDGET_MS: Final = 200
 #: Attempts at such a lock, with gaps under 400 ms between them.
 PAUSE_ATTEMPTS: Final = 5
-#: SQLSTATE that our own checks raise inside a message; the text is ours.
-OWN_SQLSTATE: Final = "RV001"
+#: SQLSTATEs that our own checks raise inside a message, with texts of ours.
+DOUBT: Final = "RV001"
+PENDING: Final = "RV002"
 
 Lock = Literal["steer", "windows", "follower"]
 #: First half of the two-part advisory key; the second half is the table's OID.
@@ -350,7 +352,7 @@ class Database:
                         time.sleep(random.uniform(0.1, 0.35))
                     continue
                 total = (time.monotonic() - sent) * 1000
-                wait, hold = ((b - a).total_seconds() * 1000 for a, b in zip(clocks, clocks[1:], strict=False))
+                wait, hold = ((b - a).total_seconds() * 1000 for a, b in pairwise(clocks))
                 return Pause(total, wait, hold, number)
         except pg.LockNotAvailable:
             pass
@@ -431,7 +433,7 @@ def translated(command: str = "") -> Iterator[None]:
             hint="run as the table's owner, who needs CREATE on the database once: GRANT CREATE ON DATABASE ... TO ...",
         ) from error
     except psycopg.Error as error:
-        if error.sqlstate == OWN_SQLSTATE:
+        if error.sqlstate in (DOUBT, PENDING):
             raise Refused(_first_line(error), why="Nothing was changed.", hint=again) from error
         if error.sqlstate is None or error.sqlstate.startswith(("08", "57")):
             raise ServerLost("the connection to the database was lost", why=_first_line(error), hint=again) from error

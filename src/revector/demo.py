@@ -34,8 +34,8 @@ QUESTIONS: Final = (
     "wait for several tasks to finish at the same time",
 )
 #: Pause between two writes, and between two searches, in seconds: an application, not a load test.
-_WRITE_EVERY: Final = 0.05
-_SEARCH_EVERY: Final = 0.02
+_WRITE_EVERY: Final = 0.4
+_SEARCH_EVERY: Final = 0.1
 
 
 @dataclass(slots=True)

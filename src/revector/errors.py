@@ -9,6 +9,7 @@
     │   ├── DimensionMismatch      2  a dimension is not the one that was asked for
     │   └── ExpressionRefused      2  a --text expression that revector cannot use
     ├── Refused                    3  refused by state or database; nothing was changed
+    │   ├── Closing                3  the migration is being closed; workers and followers end
     │   ├── ModelChanged           3  a different model answers behind the same name
     │   └── Busy                   3  another command steers this table
     └── Resumable                  4  stopped half-way; the same command goes on where it stopped
@@ -91,6 +92,10 @@ class Refused(RevectorError):
 
     exit_code = 3
     label = "refused"
+
+
+class Closing(Refused):
+    """The migration is being closed; nothing more is written."""
 
 
 class ModelChanged(Refused):

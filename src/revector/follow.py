@@ -15,10 +15,11 @@ from collections.abc import Callable
 from typing import Final
 
 import psycopg
+from psycopg import errors as pg
 
 from revector import trigger
 from revector.db import Database, Session
-from revector.errors import RevectorError, ServerLost
+from revector.errors import Closing, RevectorError, ServerLost
 from revector.ledger import Ledger, MigrationRow, Stage
 from revector.phases.backfill import Filler
 from revector.settings import Settings
@@ -93,8 +94,7 @@ class Follower:
                 return 0
             row, ready = work
             with Filler(ready, managed(row)) as filler:
-                while filler.walk() and not self.stop():
-                    pass
+                filler.drain()
                 return filler.written
 
     def _work(self, control: Session) -> tuple[MigrationRow, Work] | None:
@@ -151,10 +151,9 @@ class Follower:
                     trigger.check(control, row.plan)
                     self.active = True
                     # Before that the sweeps fill the candidate, and there is no index to poll.
-                    if row.stage.reached(Stage.INDEXED):
-                        if written := filler.walk():
-                            self.filled += written
-                            self.observe(Progress("follow", self.filled, self.filled, "rows filled"))
+                    if row.stage.reached(Stage.INDEXED) and (written := self._walk(filler)):
+                        self.filled += written
+                        self.observe(Progress("follow", self.filled, self.filled, "rows filled"))
                     self._turned = time.monotonic()
                     self._rest(POLL)
             finally:
@@ -162,6 +161,13 @@ class Follower:
                 if filler is not None:
                     filler.close()
         return False
+
+    def _walk(self, filler: Filler) -> int:
+        """One walk; a swap or a closing that comes in its way is seen on the next turn."""
+        try:
+            return filler.walk()
+        except (pg.UndefinedColumn, pg.UndefinedTable, Closing):
+            return 0
 
     def _rest(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

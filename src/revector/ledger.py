@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import socket
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
@@ -17,7 +17,7 @@ from psycopg.types.json import Jsonb
 from revector.db import Session, block
 from revector.embed.spec import Identity
 from revector.errors import Refused
-from revector.plan import Plan
+from revector.plan import Plan, TargetIndex
 
 #: The ledger version that this program writes. Version n is reached by the block `upgrade_to_<n>` of ledger.sql.
 VERSION: Final = 1
@@ -229,6 +229,18 @@ class Ledger:
             model=Jsonb(model.to_json()),
             live=live,
         )
+
+    def want_index(self, number: int, index: TargetIndex | None) -> None:
+        """Remember an index that a generation is to have once it has rows; None: it is there, or not wanted any more."""
+        self._run("want_index", table=self.table, number=number, index=Jsonb(asdict(index)) if index else None)
+
+    def wanted_index(self, number: int) -> TargetIndex | None:
+        """The index that a generation still waits for."""
+        rows = self._rows("wanted_index", table=self.table, number=number)
+        if not rows:
+            return None
+        told = rows[0].wanted_index
+        return TargetIndex(**{**told, "parameters": tuple((name, value) for name, value in told["parameters"])})
 
     def open(self, plan: Plan, batch_size: int, rate: float | None) -> MigrationRow:
         """Open a migration at PLANNED, and register its live generation; `rate`: documents a second, as measured."""

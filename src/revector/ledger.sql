@@ -14,7 +14,7 @@ CREATE TABLE revector.ledger (
 INSERT INTO revector.ledger (version) VALUES (1);
 CREATE TABLE revector.generations (
     table_oid oid NOT NULL, number int NOT NULL, attnum int, text_given text NOT NULL, model jsonb NOT NULL,
-    live bool NOT NULL, retired timestamptz,
+    live bool NOT NULL, retired timestamptz, wanted_index jsonb,
     PRIMARY KEY (table_oid, number));
 CREATE UNIQUE INDEX one_live_generation ON revector.generations (table_oid, attnum) WHERE live;
 CREATE TABLE revector.migrations (
@@ -73,6 +73,17 @@ SELECT coalesce(max(number), 1) + 1 AS number FROM revector.generations WHERE ta
 INSERT INTO revector.generations (table_oid, number, attnum, text_given, model, live)
 VALUES (%(table)s::oid, %(number)s, %(attnum)s, %(text)s, %(model)s, %(live)s)
 ON CONFLICT (table_oid, number) DO UPDATE SET attnum = excluded.attnum, text_given = excluded.text_given, model = excluded.model, live = excluded.live;
+
+-- name: want_index
+-- Remember an index that cannot be built yet (IVFFlat needs rows), or forget it once it is there.
+-- lock: none
+UPDATE revector.generations SET wanted_index = %(index)s WHERE table_oid = %(table)s::oid AND number = %(number)s;
+
+-- name: wanted_index
+-- The index that a generation still waits for.
+-- lock: none
+SELECT wanted_index FROM revector.generations
+ WHERE table_oid = %(table)s::oid AND number = %(number)s AND wanted_index IS NOT NULL;
 
 -- name: open
 -- Open a migration.

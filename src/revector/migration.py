@@ -493,13 +493,14 @@ class Migration:
             self.ledger.event("consent", {"without_follower": True})
             self.observe(
                 Note(
-                    "no follower runs: rows written from now on have no vector of the other model until one does, and rollback would miss them"
+                    "no follower runs: rows written from now on have no vector of the other model until one does,"
+                    " and rollback would miss them"
                 )
             )
             return
         raise Refused(
             f"{self.name}: no follower is alive",
-            why="Without one, rows that are edited after the swap lose their vectors and vanish from search. Nothing was changed.",
+            why="Without one, rows edited after the swap lose their vectors and vanish from search. Nothing was changed.",
             hint=f"in another terminal: revector follow {self.argument}\nor let this command stay and do it: --follow",
         )
 
@@ -673,7 +674,8 @@ def _as_planned(row: MigrationRow, request: Request, name: str) -> Request:
     plan = row.plan
     if wrong:
         raise Refused(
-            f"{name}: a migration {row.plan.old.model.model} -> {row.plan.new.model.model} is open with other options: {', '.join(wrong)} was not planned",
+            f"{name}: a migration {plan.old.model.model} -> {plan.new.model.model} is open with other options:"
+            f" {', '.join(wrong)} was not planned",
             why="Half of the vectors would be of another plan. Nothing was changed.",
             hint=f"go on with it: revector run {plan.argument}\nor give it up first: revector abort {plan.argument}",
         )

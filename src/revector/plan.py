@@ -517,7 +517,8 @@ def _dimension_finding(facts: Facts, plan: Plan) -> Finding:
             "dimensions",
             text,
             None,
-            "With equal dimensions nothing stops an application that still writes or searches with the old model after cutover: results would be wrong, not an error.",
+            "With equal dimensions nothing stops an application that still writes or searches with the old model after"
+            " cutover: results would be wrong, not an error.",
             "stop or upgrade writers of the bare table first; cutover asks for --bare-writers-stopped",
         )
     return Finding("dimensions", text)
@@ -575,7 +576,10 @@ def _null_vector_finding(request: Request, facts: Facts) -> Finding:
 def _window_finding(measured: Measured, new: Identity) -> Finding:
     if measured.window is None:
         return Finding("length", f"mean {measured.tokens:.0f} tokens; {new.model} has no window")
-    told = f"mean {measured.tokens:.0f} tokens; {measured.too_long} of {measured.texts} sampled texts exceed {new.model}'s window of {measured.window}"
+    told = (
+        f"mean {measured.tokens:.0f} tokens; {measured.too_long} of {measured.texts} sampled texts exceed"
+        f" {new.model}'s window of {measured.window}"
+    )
     if measured.too_long:
         return Finding(
             "length",

@@ -84,9 +84,9 @@ class LedgerView(Protocol):
     migration: int | None
 
     def record(self, step: str, figures: dict[str, Any], stage: str | None = None) -> None: ...  # noqa: D102
-    def record_sql(
+    def record_sql(  # noqa: D102
         self, step: str, figures: dict[str, Any], stage: str | None = None, closing: str | None = None
-    ) -> list[sql.Composable]: ...  # noqa: D102, E501
+    ) -> list[sql.Composable]: ...
     def guard_sql(self, stages: Sequence[str], closing: str | None = None) -> sql.Composable: ...  # noqa: D102
     def own(self, kind: str, name: str, oid: int, generation: int | None = None) -> None: ...  # noqa: D102
     def disown(self, kind: str, name: str) -> None: ...  # noqa: D102
@@ -171,6 +171,12 @@ class Work:
     def table(self) -> sql.Identifier:
         """The table, by the name it has now."""
         return self.table_on(self.control)
+
+    @property
+    def schema(self) -> str:
+        """The schema that the table and its indexes are in now."""
+        row = self.control.row(block("work", "table_name"), table=self.plan.table_oid)
+        return str(row.nspname) if row else self.plan.schema
 
     def table_on(self, session: Session) -> sql.Identifier:
         """The table's present name, read through that session."""
@@ -271,7 +277,7 @@ class Work:
         # lock_timeout = 0: CONCURRENTLY waits for old transactions, and blocks nobody while it waits.
         self.control.execute("SET lock_timeout = 0")
         try:
-            self.control.execute(block("work", "drop_index", name=sql.Identifier(self.plan.schema, name)))
+            self.control.execute(block("work", "drop_index", name=sql.Identifier(self.schema, name)))
         finally:
             if not self.control.connection.closed:
                 self.control.execute("SET lock_timeout = '5s'")

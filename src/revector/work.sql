@@ -8,7 +8,7 @@ BEGIN
   SELECT count(*) INTO pending FROM (
     SELECT FROM ONLY {table} AS t WHERE t.{column} IS NULL AND ({text}) IS NOT NULL LIMIT {allowed} + 1) AS few;
   IF pending > {allowed} THEN
-    RAISE EXCEPTION '% rows or more are pending in {label}, % are allowed', pending, {allowed} USING ERRCODE = 'RV001';
+    RAISE EXCEPTION '% rows or more are pending in {label}, % are allowed', pending, {allowed} USING ERRCODE = 'RV002';
   END IF;
 END
 

@@ -25,9 +25,9 @@ from psycopg import sql
 
 from revector.db import Session, block, raw
 from revector.embed import Embedder
-from revector.errors import GateFailed, Interrupted, PauseBudgetMissed, Refused
-from revector.work import Effect, Outcome, Progress, Recorded, Work
+from revector.errors import Closing, GateFailed, PauseBudgetMissed, Refused
 from revector.plan import Generation, Plan, hot_share
+from revector.work import Effect, Outcome, Progress, Recorded, Work
 
 #: A window holds about this much encoding, so that a kill costs little paid work ...
 _WINDOW_SECONDS: Final = 30.0
@@ -206,9 +206,10 @@ class _Sweep:
     def _put(self, to: queue.Queue[_Window | None], item: _Window | None) -> None:
         while not self.halt.is_set():
             try:
-                return to.put(item, timeout=0.2)
+                to.put(item, timeout=0.2)
             except queue.Full:
                 continue
+            return
 
     def _get(self, source: queue.Queue[_Window | None]) -> _Window | None:
         while not self.halt.is_set():
@@ -375,7 +376,7 @@ def entered(work: Work, session: Session) -> Iterator[_Entered]:
             new=work.plan.new.number,
         )
         if row is None or row.closing or row.stage in ("FINALIZED", "ABORTED", "PLANNED") or not row.new_column:
-            raise Refused(
+            raise Closing(
                 f"{work.plan.table}: the migration is being closed",
                 why="Nothing more is written.",
                 hint=f"revector status {work.plan.argument}",
@@ -526,6 +527,23 @@ class Filler:
             after = f"({end[0]},{end[1]})"
         return written
 
+    def drain(self) -> dict[int, int]:
+        """Walk until nothing is pending, or what is pending no longer shrinks (locked by others, or written meanwhile).
+
+        Returns generation number -> rows left.
+        """
+        before: int | None = None
+        while True:
+            written = self.walk()
+            self.work.check_stop()
+            left = {number: self.pending(number) for number in self.numbers}
+            total = sum(left.values())
+            if not total or (before is not None and total >= before):
+                return left
+            before = total
+            if not written:
+                time.sleep(0.5)
+
     def _fill(self, batch: list[Any], needed: dict[int, set[str]]) -> int:
         plan, rows = self.work.plan, Rows.of(batch)
         vectors: dict[int, NDArray[np.float32]] = {}
@@ -561,22 +579,9 @@ def _place(tid: str) -> tuple[int, int]:
 
 
 def catch_up(work: Work, numbers: Sequence[int]) -> dict[int, int]:
-    """Fill what is pending, with no lock held, until nothing is left or what is left no longer shrinks.
-
-    Returns generation number -> rows that are still pending: locked by others, or written meanwhile.
-    """
-    before: int | None = None
+    """Fill what is pending in these generations, with no lock held; returns what is left, as `Filler.drain` does."""
     with Filler(work, numbers) as filler:
-        while True:
-            written = filler.walk()
-            work.check_stop()
-            left = {number: filler.pending(number) for number in numbers}
-            total = sum(left.values())
-            if not total or (before is not None and total >= before):
-                return left
-            before = total
-            if not written:
-                time.sleep(0.5)
+        return filler.drain()
 
 
 def refresh(work: Work) -> int:

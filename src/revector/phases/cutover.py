@@ -92,7 +92,7 @@ def _rename_indexes(work: Work, outgoing: Generation, incoming: Generation) -> l
     wanted += [(oid, names[0]) for oid, names in sides[incoming.number].items()]
     return [
         block(
-            "phases/cutover", "rename_index", index=sql.Identifier(plan.schema, present[oid]), name=sql.Identifier(name)
+            "phases/cutover", "rename_index", index=sql.Identifier(work.schema, present[oid]), name=sql.Identifier(name)
         )
         for oid, name in wanted
         if oid in present and present[oid] != name

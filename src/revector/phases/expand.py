@@ -9,8 +9,8 @@ from psycopg import sql
 
 from revector import trigger
 from revector.db import block, raw
-from revector.work import Outcome, Work
 from revector.plan import Plan
+from revector.work import Outcome, Work
 
 
 def run(work: Work) -> Outcome:

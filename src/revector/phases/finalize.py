@@ -8,17 +8,21 @@ longer guarded. A crash leaves a prefix of the steps; each looks first at what i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Final, Literal
 
+import psycopg
 from psycopg import sql
 
 from revector import trigger
-from revector.db import block
-from revector.errors import Busy, GateFailed, Refused
+from revector.db import PENDING, block, raw
+from revector.errors import Busy, GateFailed
 from revector.plan import Generation, Plan, own_name
 from revector.work import Outcome, Work
 
 Command = Literal["finalize", "abort"]
+
+#: Attempts to find a moment in which nothing is pending.
+_ATTEMPTS: Final = 30
 
 
 def run(
@@ -88,7 +92,16 @@ def _close(work: Work, command: Command, stage: str, keep: Generation, guarded: 
                     column=sql.Identifier(column),
                 )
             )
-    work.pause(f"{command}.close", statements, stages=[stage], closing=command)
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            work.pause(f"{command}.close", statements, stages=[stage], closing=command)
+            return
+        except psycopg.Error as error:
+            # Writers who give no vectors keep rows pending; between two of them there is a moment without any.
+            if error.sqlstate != PENDING or attempt == _ATTEMPTS:
+                raise
+            work.check_stop()
+            work.catch_up([keep.number])
 
 
 def _constraint(plan: Plan) -> str:
@@ -120,14 +133,20 @@ def _refuse_without_vector(work: Work, keep: Generation, command: Command) -> No
     """NOT NULL must be given back: every row needs a vector, also one whose text is NULL or refused."""
     column = work.column(keep)
     assert column is not None
-    count = work.control.value(
-        block("phases/finalize", "without_vector", table=work.table, column=sql.Identifier(column))
+    statement = block(
+        "phases/finalize",
+        "without_vector",
+        table=work.table,
+        column=sql.Identifier(column),
+        text=raw(work.plan.text_sql),
     )
+    count = work.control.value(statement, migration=work.ledger.migration, generation=keep.number)
     if count:
         raise GateFailed(
             f"{count} rows of {work.plan.table} have no vector of {keep.model.model}, and {work.plan.column} was NOT NULL",
-            why="Their text is NULL, refused by the model, or still pending. Nothing was changed.",
-            hint=f"give them a text or delete them (SELECT ... WHERE {column} IS NULL), then: revector {command} {work.plan.argument}",
+            why="Their text is NULL, or refused by the model. Nothing was changed.",
+            hint=f"give them a text or delete them (SELECT ... WHERE {column} IS NULL),"
+            f" then: revector {command} {work.plan.argument}",
         )
 
 

@@ -29,9 +29,12 @@ ALTER TABLE {table} DROP CONSTRAINT IF EXISTS {name};
 SELECT convalidated AS valid FROM pg_constraint WHERE conrelid = %(table)s::oid AND conname = %(name)s;
 
 -- name: without_vector
--- Rows that NOT NULL would refuse, counted through the pending index where they have a text.
+-- Rows that NOT NULL would refuse and that nobody will fill: without a text, or refused by the model.
 -- lock: ACCESS SHARE
-SELECT count(*) AS rows FROM ONLY {table} AS t WHERE t.{column} IS NULL;
+SELECT count(*) AS rows FROM ONLY {table} AS t
+ WHERE t.{column} IS NULL AND (({text}) IS NULL OR EXISTS (
+       SELECT FROM revector.failures f WHERE f.migration = %(migration)s AND f.generation = %(generation)s
+          AND f.text_hash = hashtextextended(({text})::text COLLATE "C", 0)));
 
 -- name: drop_column
 -- A column's values go; its heap space is reused as rows are updated.

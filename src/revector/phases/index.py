@@ -15,8 +15,8 @@ from psycopg import sql
 
 from revector.db import block, raw, with_clause
 from revector.errors import Interrupted, Refused
-from revector.work import Outcome, Progress, Work
 from revector.plan import Generation, Plan, TargetIndex
+from revector.work import Outcome, Progress, Work
 
 
 def run(work: Work) -> Outcome:
@@ -82,7 +82,7 @@ def _pending_statements(plan: Plan, table: sql.Composable) -> list[sql.Composabl
 
 def build(work: Work, name: str, statement: sql.Composable, generation: Generation) -> dict[str, object]:
     """Make one index of ours, unless it is there and valid; an INVALID one of ours is dropped first."""
-    schema = work.plan.schema
+    schema = work.schema
     state = work.control.row(block("phases/index", "state"), schema=schema, name=name)
     if state is not None:
         if ("index", name) not in work.ledger.owned() or state.table_oid != work.plan.table_oid:

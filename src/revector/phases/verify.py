@@ -143,7 +143,8 @@ def _reproduced(work: Work, generation: Generation, sample: Sequence[Any]) -> Ch
     embedder, threshold = work.models[generation.number](), work.plan.verify_threshold
     fresh, _ = embedder.encode_isolating([row.text for row in sample], batch_size=work.batch_size)
     cosines = np.sum(_unit(_vectors(sample)) * _unit(np.nan_to_num(fresh)), axis=1)
-    figure = f"{int((cosines >= threshold).sum())} of {len(sample)} sampled rows embed to their vector again (lowest cosine {cosines.min():.5f})"
+    same = int((cosines >= threshold).sum())
+    figure = f"{same} of {len(sample)} sampled rows embed to their vector again (lowest cosine {cosines.min():.5f})"
     return Check("reproduced", figure, bool(cosines.min() >= threshold))
 
 
@@ -208,8 +209,9 @@ def _used(
     ]
     recall = float(np.mean(np.minimum(recalls, 1.0))) if recalls else 1.0
     plain = "uses it" if uses["plainly"] else "prefers an exact scan"
+    figure = f"a search {plain}; recall@10 against exact search {recall:.3f} over {len(texts)} queries"
     return [
-        Check(f"index {target.name} answers", f"a search {plain}; recall@10 against exact search {recall:.3f} over {len(texts)} queries",
+        Check(f"index {target.name} answers", figure,
               uses["when asked to"] and (uses["plainly"] or rows <= _MUST_USE_INDEX)),
     ]  # fmt: skip
 
