@@ -361,13 +361,17 @@ def _what_it_uses(plan: dict[str, object]) -> str:
 
 
 def dependents(
-    session: Session, table: Table, column: Column, ours: frozenset[int] = frozenset()
+    session: Session, table: Table, column: Column, carried: frozenset[str] | None = None
 ) -> tuple[Dependent, ...]:
-    """Everything tied to the column that a rename would leave behind; its own vector indexes and NOT NULL aside.
+    """Everything tied to the column that a rename would leave behind; the indexes that are carried and NOT NULL aside.
 
-    `ours`: OIDs of indexes that the ledger knows as ours.
+    `carried`: names of the indexes that a migration rebuilt or made; None: every vector index of the column will be.
+    (By name: REINDEX CONCURRENTLY gives an index a new OID.)
     """
-    own = ours | {i.oid for i in table.indexes if i.covers_only(column)}
+    if carried is None:
+        own = {i.oid for i in table.indexes if i.covers_only(column)}
+    else:
+        own = {i.oid for i in table.indexes if i.name in carried}
     found: list[Dependent] = []
     for row in session.rows(block("catalog", "dependents"), table=table.oid, column=column.number):
         if (row.catalog == "pg_class" and row.oid in own) or row.constraint_type == "n":

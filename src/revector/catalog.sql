@@ -203,14 +203,14 @@ SELECT count(*) AS rows FROM ONLY {table} WHERE ({text}) IS NULL AND {column} IS
 -- lock: ACCESS SHARE
 SELECT ctid::text AS ctid, ({text})::text AS text, {column}::text AS vector, octet_length(({text})::text) AS bytes
   FROM ONLY {table} TABLESAMPLE {method} (%(percent)s) REPEATABLE (%(seed)s)
- WHERE ({text}) IS NOT NULL AND {column} IS NOT NULL LIMIT %(limit)s;
+ WHERE ({text}) IS NOT NULL AND {column} IS NOT NULL ORDER BY random() LIMIT %(limit)s;
 
 -- name: sample_texts
 -- A random sample of texts.
 -- lock: ACCESS SHARE
 SELECT ({text})::text AS text
   FROM ONLY {table} TABLESAMPLE {method} (%(percent)s) REPEATABLE (%(seed)s)
- WHERE ({text}) IS NOT NULL LIMIT %(limit)s;
+ WHERE ({text}) IS NOT NULL ORDER BY random() LIMIT %(limit)s;
 
 -- name: flatten
 -- How the server itself writes the expression, generated columns replaced by what generates them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import time
@@ -25,6 +26,7 @@ from revector.errors import (
     KeyRejected,
     PauseBudgetMissed,
     Refused,
+    Resumable,
     RevectorError,
     ServerLost,
     UsageError,
@@ -32,6 +34,9 @@ from revector.errors import (
 from revector.settings import Settings
 
 T = TypeVar("T")
+
+#: Every statement that a session sends, parameters left out, at DEBUG: what `-v` shows.
+_LOG: Final = logging.getLogger("revector.sql")
 
 #: Longest wait + hold of one attempt at a lock that stalls the application, in milliseconds.
 PAUSE_BUDGET_MS: Final = 200
@@ -157,6 +162,7 @@ class Session:
 
     def _execute(self, statement: sql.Composable | LiteralString, params: dict[str, object]) -> psycopg.Cursor[Any]:
         text = statement if isinstance(statement, str) else statement.as_string(self.connection)
+        _LOG.debug("%s", text)
         if params:
             # A `%` of a user's name or expression is text, not a placeholder of ours.
             known = "|".join(map(re.escape, params))
@@ -169,6 +175,7 @@ class Session:
         One message means that no round trip, and no death of this client, can lengthen the locks inside it.
         """
         text = sql.SQL(";\n").join(statements).as_string(self.connection)
+        _LOG.debug("%s", text)
         cursor = self.connection.execute(text)
         rows: list[Any] = []
         while True:
@@ -334,7 +341,7 @@ class Database:
             clock,
             sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(table),
             clock,
-            *statements,
+            *(part for statement in statements for part in (_left(budget_ms), statement)),
             clock,
             sql.SQL("COMMIT"),
         ]
@@ -363,6 +370,14 @@ class Database:
             f"no attempt of {attempts} got the lock within {budget_ms} ms",
             why="Another transaction holds the table: a long statement, an open transaction or VACUUM. Nothing changed.",
         )
+
+
+def _left(budget_ms: int) -> sql.Composable:
+    """What is left of the budget since the message arrived becomes the limit of the next statement."""
+    return sql.SQL(
+        "SELECT set_config('statement_timeout', greatest(1, {} - 1000 * extract(epoch FROM clock_timestamp()"
+        " - statement_timestamp()))::int::text, true)"
+    ).format(sql.Literal(budget_ms))
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,6 +433,9 @@ def translated(command: str = "") -> Iterator[None]:
     again = command and f"the same command again: {command}"
     try:
         yield
+    except Resumable as error:
+        error.hint = error.hint or again
+        raise
     except KeyboardInterrupt:
         raise Interrupted(why="Nothing is lost.", hint=again) from None
     except (pg.AdminShutdown, pg.CrashShutdown, pg.CannotConnectNow, pg.IdleInTransactionSessionTimeout) as error:

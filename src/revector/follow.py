@@ -94,7 +94,14 @@ class Follower:
                 return 0
             row, ready = work
             with Filler(ready, managed(row)) as filler:
-                filler.drain()
+                for last in (False, False, True):
+                    try:
+                        filler.drain()
+                        break
+                    except (pg.UndefinedColumn, pg.UndefinedTable):
+                        # A swap came between a column's name and its reading; the names are looked up again.
+                        if last:
+                            raise
                 return filler.written
 
     def _work(self, control: Session) -> tuple[MigrationRow, Work] | None:

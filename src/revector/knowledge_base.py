@@ -233,12 +233,17 @@ def init(
     _check(embedder.get_embedding_dimension(), index, lists)
     identity = embedder.identity()
     with translated(f"revector init {shlex.quote(table)}"), database.connect("init") as session:
+        server = read_server(session)
+        if server.vector_version is not None or server.standby:
+            check_vector(server)
         default = _default_schema(session)
         schema = _existing_schema(session, given_schema or default, table)
         with session.transaction():
             ledgers.ensure(session)
             _refuse_existing(session, schema, name, table)
-            server, created = _with_extension(session, default or "public")
+            created = server.vector_version is None
+            if created:
+                server = _create_extension(session, server, default or "public")
             assert server.vector_schema is not None
             type_, opclass = (
                 sql.Identifier(server.vector_schema, word).as_string(None) for word in ("vector", "vector_cosine_ops")
@@ -330,12 +335,8 @@ _KINDS: Final = {
 }
 
 
-def _with_extension(session: Session, schema: str) -> tuple[Server, bool]:
-    """The server with pgvector in this database, created where that is allowed."""
-    server = read_server(session)
-    if server.vector_version is not None or server.standby:
-        check_vector(server)
-        return server, False
+def _create_extension(session: Session, server: Server, schema: str) -> Server:
+    """The server with pgvector in this database, where that is allowed."""
     try:
         with session.transaction():
             session.execute(
@@ -355,7 +356,7 @@ def _with_extension(session: Session, schema: str) -> tuple[Server, bool]:
         ) from None
     server = read_server(session)
     check_vector(server)
-    return server, True
+    return server
 
 
 # -- load -------------------------------------------------------------------------------------------------------------

@@ -352,7 +352,9 @@ class Migration:
             ("verify", Stage.VERIFIED, lambda: self._verify(work)),
         ]
         for number, (name, proven, phase) in enumerate(steps, 2):
-            if stage.reached(proven) or (name == "backup" and plan.backup is None):
+            # At INDEXED the index is looked at again: a lost or INVALID one is what a failed verify asks to repair.
+            again = name == "index" and stage is Stage.INDEXED
+            if (stage.reached(proven) and not again) or (name == "backup" and plan.backup is None):
                 continue
             work.check_stop()
             self.observe(Phase(number, len(_PHASES), name))
@@ -470,13 +472,12 @@ class Migration:
 
     def _check_dependents(self, row: MigrationRow, command: str) -> None:
         table = read_table(self.control, self.oid)
-        ours = frozenset(self.ledger.owned().values()) | {i.oid for i in row.plan.live_indexes}
         for generation in (row.plan.old, row.plan.new):
             number = self.ledger.attnum(generation.number)
             column = table.numbered(number) if number is not None else None
             if column is None:
                 continue
-            found = dependents(self.control, table, column, ours)
+            found = dependents(self.control, table, column, row.plan.index_names)
             if found:
                 raise Refused(
                     f"{self.name}: {len(found)} object(s) are tied to {column.name} and would stay behind: "

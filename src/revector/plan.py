@@ -141,6 +141,18 @@ class Plan:
         """Name of the function that computes the text of a row, in schema revector."""
         return own_name(self.schema, self.table, self.new.number, "_text")
 
+    @property
+    def index_names(self) -> frozenset[str]:
+        """Every name that an index of this migration's has at any stage."""
+        sides = ((self.old, True), (self.old, False), (self.new, True), (self.new, False))
+        names = {name for generation, live in sides for name in self.index_names_of(generation, live=live)}
+        return frozenset(names | {self.old.pending_index, self.new.pending_index})
+
+    def index_names_of(self, generation: Generation, *, live: bool) -> list[str]:
+        """The names of a generation's vector indexes while it is live, or while it is not."""
+        indexes = self.indexes if generation.number == self.new.number else self.live_indexes
+        return [index.live_name if live else index.name for index in indexes]
+
     def generation(self, number: int) -> Generation:
         """The old or the new generation, by its number."""
         return self.old if number == self.old.number else self.new

@@ -1,81 +1,147 @@
-"""What an application calls: embed the query with the live model, search the live column, never notice a cutover."""
+"""What an application calls: embed the question with the model that is live, and search the column it fills.
+
+The generation is read in the same statement as the hits are. A cutover between embedding and searching therefore
+shows, as another generation or as an error about dimensions, and the search is repeated with the other model.
+"""
 
 from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+import psycopg
 from psycopg import errors as pg
 from psycopg import sql
 
 from revector import ledger as ledgers
-from revector.catalog import Column, Index, Table, find_table, read_server, read_table, read_text
+from revector.catalog import Column, Table, find_table, read_server, read_table, read_text
 from revector.db import Database, Session, block, raw, translated
-from revector.embed import Embedder, Identity, known_models
-from revector.errors import ServerLost, UsageError
+from revector.embed import Embedder, Identity, known_models, parse
+from revector.errors import DimensionMismatch, Refused, UsageError
 from revector.ledger import Ledger
 from revector.settings import Settings
-from revector.work import embedder_for
+from revector.work import embedder_for as default_embedder
 
-#: Distance operator by the metric in an operator class's name; cosine where there is no index.
-OPERATORS: Final = {"cosine": "<=>", "l2": "<->", "ip": "<#>", "l1": "<+>"}
-#: hnsw.ef_search of an untouched server; more hits than that need a longer candidate list (pgvector's README).
-_EF_SEARCH: Final = 40
-_LONGEST_LIST: Final = 1000
+#: Once is enough for a cutover; a third time covers a rollback that follows while the other model is being loaded.
+_ATTEMPTS: Final = 3
+#: pgvector's bounds of hnsw.ef_search.
+_DEFAULT_EF, _MOST_EF = 40, 1000
+#: Operator class -> (operator, distance -> score).
+_OPERATORS: Final[dict[str, tuple[str, Callable[[float], float]]]] = {
+    "cosine": ("<=>", lambda distance: 1.0 - distance),
+    "l2": ("<->", lambda distance: distance),
+    "ip": ("<#>", lambda distance: -distance),
+    "l1": ("<+>", lambda distance: distance),
+}
+#: What a cutover between embedding and searching looks like, where it is an error: other dimensions, another column,
+#: a changed plan, a ledger that was uninstalled.
+_MOVED: Final = (pg.DataException, pg.UndefinedColumn, pg.FeatureNotSupported, pg.UndefinedTable)
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One row that was found."""
+    """One row found."""
 
-    #: The key's columns joined by a comma; the place in the heap where there is no key.
+    #: The values of the key columns (else of `id`), joined by commas; the ctid where the table has neither.
     id: str
-    title: str | None
-    text: str
-    distance: float
-    #: Cosine similarity where the metric is cosine, else the negative distance: higher is nearer.
+    #: Cosine similarity or inner product: higher is nearer. For L2 and L1 indexes the distance: lower is nearer.
     score: float
+    #: What pgvector's operator gives; lower is nearer.
+    distance: float
+    #: What was embedded, whole.
+    text: str
+    #: The column `title`, where the table has one.
+    title: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """What a search found, and by which model."""
+    """The nearest rows, nearest first, and the model that chose them."""
 
-    #: None on a table that the ledger does not know.
+    #: None: revector does not know the table.
     generation: int | None
     model: str
     hits: tuple[Hit, ...]
+    #: From the question to the hits, embedding included.
     milliseconds: float
-    #: Whether the generation changed between embedding and searching, so that both were done again.
+    #: Whether a cutover or rollback came between embedding and searching, so that it was done again.
     repeated: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """What is searched: a column, how, and by whose vectors."""
+    """What is searched, as one look at the catalog showed it."""
 
+    #: None: revector does not know the table.
     generation: int | None
-    model: Embedder
-    text: str
+    identity: Identity | None
     statement: sql.Composable
+    table: int
+    column: str
+    dimension: int | None
+    score: Callable[[float], float]
+
+
+def search(
+    database: Database,
+    settings: Settings,
+    table: str,
+    text: str,
+    *,
+    k: int = 10,
+    model: str | None = None,
+    column: str | None = None,
+    embedder_for: Callable[[Identity], Embedder] | None = None,
+) -> SearchResult:
+    """Search once. An application that searches more than once keeps a `Searcher`."""
+    with Searcher(database, settings, table, model=model, column=column, embedder_for=embedder_for) as searcher:
+        return searcher.search(text, k=k)
 
 
 class Searcher:
-    """Searches one table over one connection; the model of each generation is loaded once.
+    """One connection and the loaded models of a table; for one thread at a time. Use it as a context manager.
 
-    On a table that the ledger does not know, `model` must name the model that made its vectors.
+    `model` is needed, and taken, only for a table that revector does not know. Row level security applies: it finds
+    what the role may read. While a migration could switch, the other model is loaded in the background, so that
+    the first search after the switch does not wait for it.
     """
 
     def __init__(
-        self, database: Database, settings: Settings, table: str, *, model: str | None = None, column: str | None = None
+        self,
+        database: Database,
+        settings: Settings,
+        table: str,
+        *,
+        model: str | None = None,
+        column: str | None = None,
+        embedder_for: Callable[[Identity], Embedder] | None = None,
     ) -> None:
-        self.database, self.settings, self.name = database, settings, table
-        self._model, self._column = model, column
-        self._models: dict[str, Embedder] = {}
-        self._session: Session | None = database.connect("search")
-        self._target: _Target | None = None
+        self.database = database
+        self.settings = settings
+        self.name = table
+        self._given_model = model
+        self._given_column = column
+        self._embedder_for = embedder_for or (lambda identity: default_embedder(identity, settings))
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="revector-model")
+        #: (generation, name) -> the model, loaded or being loaded; generation None: the given one.
+        self._models: dict[tuple[int | None, str], Future[Embedder]] = {}
+        #: The generation whose model is being loaded beforehand.
+        self._prepared: int | None = None
+        self._command = f"revector search {shlex.quote(table)} QUESTION"
+        self._session = self._connect()
+        try:
+            with translated(self._command), self._readable():
+                self._target = self._look()
+                self._check_given()
+                self._model(self._target)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Searcher:
         return self
@@ -84,122 +150,252 @@ class Searcher:
         self.close()
 
     def close(self) -> None:
-        """Close the connection."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        """Close the connection and let the models go."""
+        self._session.close()
+        self._loader.shutdown(wait=False, cancel_futures=True)
+        self._models.clear()
 
     def search(self, text: str, k: int = 10) -> SearchResult:
-        """The k nearest rows. Raises `UsageError`, `InputRefused`, `ServerLost` after one reconnection."""
+        """The `k` rows whose vectors are nearest to the text's; rows without a vector are never found.
+
+        An HNSW index gives at most 1,000. A lost connection is made anew once. Raises `ServerLost`, `UsageError` for
+        an empty text, and what the model raises.
+        """
+        if not text.strip():
+            raise UsageError("there is nothing to search for", hint=self._command)
         if k < 1:
-            raise UsageError(f"-k {k}: at least one hit must be asked for")
-        began = time.monotonic()
-        try:
-            found = self._search(text, k)
-        except (pg.OperationalError, ServerLost):
-            self.close()
-            self._session, self._target = self.database.connect("search"), None
-            found = self._search(text, k)
-        generation, model, hits, repeated = found
-        return SearchResult(generation, model, hits, (time.monotonic() - began) * 1000, repeated)
+            raise UsageError(f"-k {k}: at least 1")
+        began = time.perf_counter()
+        with translated(self._command), self._readable():
+            try:
+                found = self._search(text, k)
+            except psycopg.OperationalError:
+                if not self._session.connection.closed:
+                    raise
+                self._session = self._connect()
+                found = self._search(text, k)
+        rows, target, repeated = found
+        model = self._model(target)
+        hits = tuple(
+            Hit(r.id, target.score(r.distance), r.distance, r.text or "", r.title) for r in rows if r.id is not None
+        )
+        return SearchResult(target.generation, model.spec, hits, (time.perf_counter() - began) * 1000, repeated)
 
-    def _search(self, text: str, k: int) -> tuple[int | None, str, tuple[Hit, ...], bool]:
-        with translated(f"revector search {shlex.quote(self.name)}"):
-            session = self._session or self.database.connect("search")
-            self._session = session
-            for attempt in (1, 2):
-                target = self._target or self._read_target(session)
-                self._target = target
-                query = target.model.encode([text], kind="query")[0]
-                try:
-                    rows = self._execute(session, target, "[" + ",".join(f"{x:.8g}" for x in query.tolist()) + "]", k)
-                except (pg.DataException, pg.UndefinedColumn, pg.UndefinedTable, pg.FeatureNotSupported):
-                    # A swap came between: the column has another dimension now, or another name.
-                    self._target = None
-                    if attempt == 2:
-                        raise
-                    continue
-                if rows is not None:
-                    return target.generation, target.model.spec, rows, attempt == 2
-                self._target = None
-            raise ServerLost(
-                f"{self.name}: the live generation changed twice during one search",
-                hint=f"revector search {shlex.quote(self.name)} {shlex.quote(text)}",
-            )
-
-    def _execute(self, session: Session, target: _Target, query: str, k: int) -> tuple[Hit, ...] | None:
-        """The hits; None when another generation answered than the one whose model embedded the query."""
-        if k > _EF_SEARCH:
-            with session.transaction():
-                session.execute("SELECT set_config('hnsw.ef_search', %(n)s, true)", n=str(min(k, _LONGEST_LIST)))
-                rows = session.rows(target.statement, query=query, k=k)
-        else:
-            rows = session.rows(target.statement, query=query, k=k)
-        if target.generation is not None and (not rows or rows[0].number != target.generation):
-            return None
-        cosine = "<=>" in target.statement.as_string(None)
-        return tuple(
-            Hit(r.id, r.title, r.text, r.distance, 1 - r.distance if cosine else -r.distance) for r in rows if r.id is not None
+    def _search(self, text: str, k: int) -> tuple[Sequence[Any], _Target, bool]:
+        """Embed and search until both saw the same generation."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            target = self._target
+            vector = self._model(target).encode([text], kind="query")[0].tolist()
+            literal = f"[{','.join(f'{x:.9g}' for x in vector)}]"
+            try:
+                rows = self._nearest(target, literal, k)
+            except _MOVED as error:
+                if attempt == _ATTEMPTS:
+                    raise self._contradiction(target, error) from error
+                self._look_again()
+                continue
+            model = target.identity.model if target.identity else None
+            if (rows[0].number, rows[0].model) == (target.generation, model):
+                self._prepare(rows[0].other)
+                return rows, target, attempt > 1
+            self._look_again()
+        raise Refused(
+            f"{self.name} changed its model {_ATTEMPTS} times during one search",
+            why="Somebody switches back and forth; each time the other model answered.",
+            hint=f"the same command again: {self._command}",
         )
 
-    def _read_target(self, session: Session) -> _Target:
-        table = read_table(session, find_table(session, self.name))
-        known = ledgers.exists(session)
-        live = Ledger(session, table.oid).live(self._column) if known else None
-        if live is not None and self._model in (None, live.model.model):
-            column = table.column(live.column)
-            text = read_text(session, table, live.text).canonical
-            return _Target(live.number, self._embedder(live.model), text, _statement(session, table, column, text, known=True))
-        column = table.vector_column(self._column or _only_vector(table))
-        if self._model is None:
-            models = known_models(column.dimension) if column.dimension else []
-            raise UsageError(
-                f"which model made {table.name}.{column.name}? revector does not know this table",
-                why=f"Models of its dimension: {', '.join(models) or 'none that is well known'}.",
-                hint=f"revector search {shlex.quote(self.name)} TEXT --model {models[0] if models else 'MODEL'}",
-            )
-        if self._model not in self._models:
-            self._models[self._model] = Embedder(self._model, dimension=column.dimension, settings=self.settings)
-        content = next((c.name for c in table.columns if c.name in ("content", "text", "body")), table.columns[0].name)
-        text = sql.Identifier("t", content).as_string(None) + "::text"
-        return _Target(None, self._models[self._model], text, _statement(session, table, column, text, known=False))
+    def _nearest(self, target: _Target, vector: str, k: int) -> Sequence[Any]:
+        values = {"vector": vector, "k": k, "table": target.table, "column": target.column}
+        if k <= _DEFAULT_EF:
+            return self._session.rows(target.statement, **values)
+        with self._session.transaction():
+            self._session.execute(block("search", "look_further"), wanted=min(k, _MOST_EF))
+            return self._session.rows(target.statement, **values)
 
-    def _embedder(self, identity: Identity) -> Embedder:
-        if identity.model not in self._models:
-            embedder = embedder_for(identity, self.settings)
+    def _contradiction(self, target: _Target, error: psycopg.Error) -> Exception:
+        """The statement fails however often it is repeated: no cutover is to blame."""
+        message = error.diag.message_primary or str(error)
+        if not isinstance(error, pg.DataException):
+            return error
+        return Refused(
+            f"{self.name}.{target.column} cannot be searched with {self._model(target).spec}: {message}",
+            why="The column's vectors are not of the model that is recorded for it.",
+            hint=f"revector status {shlex.quote(self.name)}",
+        )
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    def _model(self, target: _Target) -> Embedder:
+        """The target's model, proven to be the recorded one before its first vector is used."""
+        return self._start(target.generation, target.identity).result()
+
+    def _start(self, generation: int | None, identity: Identity | None) -> Future[Embedder]:
+        """Begin to load a model, unless that was done; one that could not be loaded is tried again."""
+        key = (generation, identity.model if identity else self._given_model or "")
+        known = self._models.get(key)
+        if known is None or (known.done() and (known.cancelled() or known.exception() is not None)):
+            known = self._models[key] = self._loader.submit(self._load, identity)
+        return known
+
+    def _load(self, identity: Identity | None) -> Embedder:
+        if identity is not None:
+            embedder = self._embedder_for(identity)
             embedder.check_identity(identity)
-            self._models[identity.model] = embedder
-        return self._models[identity.model]
+            return embedder
+        assert self._given_model is not None
+        embedder = Embedder(self._given_model, settings=self.settings)
+        embedder.load()
+        return embedder
+
+    def _prepare(self, other: int | None) -> None:
+        """Load the model that a cutover or rollback would let answer, before it does."""
+        if other is None or other == self._prepared:
+            return
+        self._prepared = other
+        identity = self._session.value(block("search", "model"), table=self._target.table, number=other)
+        if identity is not None:
+            self._start(other, Identity.from_json(identity))
+
+    # -- the catalog --------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> Session:
+        # Unlike the sessions that change something, this one reads what its role may see.
+        return self.database.connect("search", row_security="on")
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Say what the role has to be given to search."""
+        try:
+            yield
+        except pg.InsufficientPrivilege as error:
+            role = sql.Identifier(self._session.connection.info.user).as_string(None)
+            raise Refused(
+                f"missing right: {error.diag.message_primary}",
+                why="A search reads the table, and in revector's ledger which model answers.",
+                hint="as their owner: GRANT SELECT ON revector.ledger, revector.generations, revector.migrations"
+                f" TO {role};\nand on the table itself",
+            ) from None
+
+    def _look_again(self) -> None:
+        self._target = self._look()
+        self._prepared = None
+        if self._target.identity is None:
+            self._check_given()
+
+    def _look(self) -> _Target:
+        """What is to be searched now."""
+        session = self._session
+        server = read_server(session)
+        if server.vector_schema is None:
+            raise Refused(
+                f"pgvector is not installed in database {server.database}",
+                hint="as a superuser of that database: CREATE EXTENSION vector;",
+            )
+        table = read_table(session, find_table(session, self.name))
+        ledgers.require(session)
+        ledger = Ledger(session, table.oid) if ledgers.exists(session) else None
+        column = self._column(table, ledger)
+        live = ledger.live(column.name) if ledger else None
+        text = self._text(table, ledger, live.text) if ledger and live else _guessed_text(table)
+        opclass = next((i.opclass for i in table.indexes if i.valid and i.covers_only(column)), "vector_cosine_ops")
+        kind = opclass.rpartition(".")[2].strip('"').split("_")[1]
+        operator, score = _OPERATORS.get(kind, _OPERATORS["cosine"])
+        parts = {
+            "table": table.identifier,
+            "column": sql.Identifier(column.name),
+            "distance": block(
+                "search",
+                "distance",
+                column=sql.Identifier(column.name),
+                schema=sql.Identifier(server.vector_schema),
+                operator=raw(operator),
+                type=sql.Identifier(server.vector_schema, column.type_name),
+            ),
+            "id": _key(table),
+            "title": raw("t.title::text") if any(c.name == "title" for c in table.columns) else raw("NULL::text"),
+            "text": sql.SQL("({})::text").format(text),
+            "live": block("search", "live" if ledger else "no_ledger"),
+        }
+        return _Target(
+            live.number if live else None,
+            live.model if live else None,
+            block("search", "nearest", **parts),
+            table.oid,
+            column.name,
+            column.dimension,
+            score,
+        )
+
+    def _column(self, table: Table, ledger: Ledger | None) -> Column:
+        """The vector column: the given one, the only live one, `embedding`, or the only one."""
+        if self._given_column:
+            return table.vector_column(self._given_column)
+        if ledger and (live := ledger.live()):
+            return table.vector_column(live.column)
+        vectors = [c.name for c in table.columns if c.is_vector]
+        if "embedding" in vectors or len(vectors) == 1:
+            return table.column("embedding" if "embedding" in vectors else vectors[0])
+        if not vectors:
+            raise UsageError(
+                f"{self.name} has no vector column", why=f"Its columns: {', '.join(c.name for c in table.columns)}."
+            )
+        raise UsageError(
+            f"{self.name} has several vector columns: {', '.join(vectors)}",
+            hint=f"name one: {self._command} --vector {vectors[0]}",
+        )
+
+    def _text(self, table: Table, ledger: Ledger, given: str) -> sql.Composable:
+        """The text expression as the server wrote it down, so that the caller's search_path cannot change it."""
+        if any(c.name == given for c in table.columns):
+            return sql.Identifier("t", given)
+        row = ledger.latest()
+        if row is not None and row.plan.text == given:
+            return raw(row.plan.text_sql)
+        return raw(read_text(self._session, table, given).canonical)
+
+    def _check_given(self) -> None:
+        """Hold a given model against what the ledger says, or against the column's dimension."""
+        target, given = self._target, self._given_model
+        if target.identity is not None:
+            if given is not None and str(parse(given)) != target.identity.model:
+                raise UsageError(
+                    f"{self.name}.{target.column} is searched with {target.identity.model}, not with {given}",
+                    why="Vectors of two models cannot be compared.",
+                    hint=f"leave --model out: {self._command}",
+                )
+            return
+        models = known_models(target.dimension) if target.dimension else []
+        dimension = f"{target.dimension} dimensions" if target.dimension else "no declared dimension"
+        if given is None:
+            raise UsageError(
+                f"which model made {self.name}.{target.column}, with {dimension}? revector does not know this table",
+                why=f"Models of that dimension: {', '.join(models) or 'none that is well known'}.",
+                hint=f"name it: {self._command} --model {models[0] if models else 'MODEL'}",
+            )
+        model = self._model(target)
+        if target.dimension not in (None, model.get_embedding_dimension()):
+            assert target.dimension is not None
+            raise DimensionMismatch(
+                model.spec,
+                model.get_embedding_dimension(),
+                target.dimension,
+                why=f"{self.name}.{target.column} has {dimension}; models of that dimension:"
+                f" {', '.join(models) or 'none that is well known'}.",
+                hint=f"name the model that made them: {self._command} --model {models[0] if models else 'MODEL'}",
+            )
 
 
-def _only_vector(table: Table) -> str:
-    vectors = [c.name for c in table.columns if c.is_vector]
-    return "embedding" if "embedding" in vectors or not vectors else vectors[0]
+def _key(table: Table) -> sql.Composable:
+    key = table.key or tuple(c.name for c in table.columns if c.name == "id")
+    if not key:
+        return raw("t.ctid::text" if table.kind in "rpm" else "''")
+    columns = sql.SQL(", ").join(sql.Identifier("t", name) for name in key)
+    return sql.SQL("concat_ws(',', {})").format(columns)
 
 
-def _statement(session: Session, table: Table, column: Column, text: str, *, known: bool) -> sql.Composable:
-    parts = [sql.SQL("t.{}::text").format(sql.Identifier(name)) for name in table.key]
-    key = sql.SQL("concat_ws(',', {})").format(sql.SQL(", ").join(parts)) if parts else sql.SQL("t.ctid::text")
-    titled = any(c.name == "title" for c in table.columns)
-    return block(
-        "search",
-        "live" if known else "unregistered",
-        table=table.identifier,
-        table_oid=sql.Literal(table.oid),
-        key=key,
-        title=sql.SQL("t.title::text") if titled else sql.SQL("NULL::text"),
-        text=raw(text),
-        column=sql.Identifier(column.name),
-        column_name=sql.Literal(column.name),
-        schema=sql.Identifier(read_server(session).vector_schema or "public"),
-        operator=raw(_operator(table.indexes, column)),
-        # No dimension: after a swap a wrong one must be an error of the comparison, which is answered by looking again.
-        type=sql.Identifier(read_server(session).vector_schema or "public", column.type_name),
-    )
-
-
-def _operator(indexes: tuple[Index, ...], column: Column) -> str:
-    for index in indexes:
-        if index.covers_only(column):
-            return next((o for metric, o in OPERATORS.items() if f"_{metric}_ops" in index.opclass), "<=>")
-    return "<=>"
+def _guessed_text(table: Table) -> sql.Composable:
+    """What to show of a table that revector does not know: `content`, or its first text column that is no key."""
+    texts = [c.name for c in table.columns if c.type_name in ("text", "varchar", "bpchar") and c.name not in table.key]
+    name = "content" if "content" in texts else texts[0] if texts else None
+    return raw("''") if name is None else sql.Identifier("t", name)

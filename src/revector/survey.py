@@ -27,7 +27,7 @@ from revector.catalog import (
 from revector.db import Session, block, raw, with_clause
 from revector.embed import Embedder, known_models
 from revector.errors import Refused, UsageError
-from revector.ledger import Ledger, exists, require
+from revector.ledger import Ledger, MigrationRow, exists, require
 from revector.plan import Counts, Facts, Measured, Plan, Request, TargetIndex, draft
 from revector.settings import Settings
 from revector.work import embedder_for
@@ -106,7 +106,7 @@ def survey(
         next_number=numbers[1],
         counts=counts,
         measured=measured,
-        dependents=dependents(session, table, column, frozenset(ours.values())),
+        dependents=dependents(session, table, column, _carried(opened)),
         functions=functions_naming(session, table, column),
         taken=(),
         star_statements=_star_statements(session, table),
@@ -114,6 +114,11 @@ def survey(
     )
     preliminary = draft(request, facts).plan
     return _with(facts, session, preliminary, set(ours)), {"old": old, "new": new}
+
+
+def _carried(opened: MigrationRow | None) -> frozenset[str] | None:
+    """The indexes of an open migration; None: a new plan carries every vector index of the column."""
+    return None if opened is None or opened.stage.closed else opened.plan.index_names
 
 
 def check_vector(server: Server) -> None:

@@ -28,6 +28,7 @@ def create(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
             arguments=arguments,
             text=raw(plan.text_sql),
         ),
+        block("trigger", "grant_text_function", function=sql.Identifier(plan.text_function), types=_types(plan)),
         _function("create_function", plan, body),
         block("trigger", "create_trigger", table=table, trigger=trigger, function=function),
         block("trigger", "enable_trigger", table=table, trigger=trigger),
@@ -63,11 +64,10 @@ def served(plan: Plan, live: Generation, live_column: str, other_column: str) ->
 
 def drop(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
     """Drop the trigger and its functions."""
-    types = sql.SQL(", ").join(raw(t) for _, t in plan.text_columns)
     return [
         block("trigger", "drop_trigger", table=table, trigger=sql.Identifier(plan.trigger)),
         block("trigger", "drop_function", function=sql.Identifier(plan.function)),
-        block("trigger", "drop_text_function", function=sql.Identifier(plan.text_function), types=types),
+        block("trigger", "drop_text_function", function=sql.Identifier(plan.text_function), types=_types(plan)),
     ]
 
 
@@ -84,6 +84,10 @@ def check(session: Session, plan: Plan) -> None:
         why="Someone changed the table's triggers; edits since then may have kept vectors of their old texts.",
         hint=f"revector abort {plan.argument}, then: revector run {plan.argument} --to {plan.new.model.model}",
     )
+
+
+def _types(plan: Plan) -> sql.Composable:
+    return sql.SQL(", ").join(raw(t) for _, t in plan.text_columns)
 
 
 def _function(name: str, plan: Plan, body: sql.Composable) -> sql.Composable:

@@ -4,6 +4,11 @@
 CREATE FUNCTION revector.{function} ({arguments}) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN ({text})::text;
 
+-- name: grant_text_function
+-- Every writer's trigger calls it, also where default privileges take EXECUTE away from PUBLIC.
+-- lock: none
+GRANT EXECUTE ON FUNCTION revector.{function} ({types}) TO PUBLIC;
+
 -- name: create_function
 -- The trigger function; plain CREATE, so that one of the user's is never replaced.
 -- lock: none

@@ -246,7 +246,7 @@ class Work:
     def none_pending(self, generation: Generation, column: str, allowed: int) -> sql.Composable:
         """A statement that fails when more than `allowed` rows are pending in a generation whose column has that name.
 
-        Refused texts are counted in, for the ledger cannot be asked by hash under the lock: add them to `allowed`.
+        Refused texts are counted in, for nothing is scanned under the lock: add `refused_rows` to `allowed`.
         """
         body = block(
             "work",
@@ -258,6 +258,17 @@ class Work:
             label=raw(generation.model.model.replace("'", "''")),
         )
         return sql.SQL("DO {}").format(sql.Literal(body.as_string(None)))
+
+    def refused_rows(self, generation: Generation) -> int:
+        """How many rows have no vector because the model refuses their text; one text may stand in many rows."""
+        statement = block(
+            "work",
+            "refused_rows",
+            table=self.table,
+            column=sql.Identifier(self.column(generation) or generation.column),
+            text=raw(self.plan.text_sql),
+        )
+        return int(self.control.value(statement, migration=self.ledger.migration, generation=generation.number))
 
     def indexes_valid(self, generation: Generation, oids: Sequence[int]) -> sql.Composable:
         """A statement that fails unless these indexes are there and valid."""

@@ -35,3 +35,10 @@ SELECT nspname, relname FROM pg_class c JOIN pg_namespace n ON n.oid = relnamesp
 -- An index of ours goes without stopping anyone.
 -- lock: SHARE UPDATE EXCLUSIVE
 DROP INDEX CONCURRENTLY IF EXISTS {name};
+
+-- name: refused_rows
+-- Rows that are pending because the model refuses their text.
+-- lock: ACCESS SHARE
+SELECT count(*) FROM ONLY {table} AS t WHERE t.{column} IS NULL AND ({text}) IS NOT NULL
+   AND EXISTS (SELECT FROM revector.failures f WHERE f.migration = %(migration)s AND f.generation = %(generation)s
+                AND f.text_hash = hashtextextended(({text})::text COLLATE "C", 0));

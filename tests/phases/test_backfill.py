@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
+from numpy.typing import NDArray
+
 from fix_tables import (
     NEW,
     OLD,
@@ -26,8 +28,6 @@ from fix_tables import (
     steering,
     vector,
 )
-from numpy.typing import NDArray
-
 from revector import Embedder, Request
 from revector.embed.hashing import Hashing
 from revector.errors import DimensionMismatch, GateFailed, InputRefused, Interrupted, Outage
@@ -200,6 +200,10 @@ def test_two_rows_that_swap_their_texts(
             connection.execute("UPDATE kb AS a SET content = b.content FROM kb AS b WHERE a.id < 20 AND b.id = 19 - a.id")
             connection.execute("WITH gone AS (DELETE FROM kb WHERE id = 50 RETURNING *) SELECT 1 FROM gone")
             add_rows(connection, [50], OLD, text=lambda _: body(51))
+            # VACUUM frees line pointers, and the rows that come back take them: the same ctid, another text.
+            connection.execute("DELETE FROM kb WHERE id BETWEEN 20 AND 39")
+            connection.execute("VACUUM kb")
+            add_rows(connection, range(20, 40), OLD, text=lambda n: body(1000 + n))
 
     during(swap)
     run(dsn)

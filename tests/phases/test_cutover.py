@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import psycopg
 import pytest
+from numpy.typing import NDArray
+from psycopg import sql
+
 from fix_tables import (
     NEW,
     OLD,
@@ -32,15 +36,12 @@ from fix_tables import (
     until,
     vector,
 )
-from numpy.typing import NDArray
-from psycopg import sql
-
-from revector import Embedder, Request
+from revector import Embedder, Request, trigger
 from revector.embed.hashing import Hashing
 from revector.errors import GateFailed, InputRefused, PauseBudgetMissed, Refused
 from revector.ledger import TRANSITIONS
 from revector.phases import backfill
-from revector.work import Note, Observation, Recorded
+from revector.work import Effect, Note, Observation, Recorded
 
 BEFORE = {"embedding": OLD, "embedding_g2": NEW}
 AFTER = {"embedding_g1": OLD, "embedding": NEW}
@@ -575,23 +576,26 @@ def test_abort_after_rollback(dsn: str, connection: psycopg.Connection[Any]) -> 
 
 
 @pytest.mark.parametrize("not_null", [True, False])
-def test_finalize_refuses_while_rows_are_pending(dsn: str, connection: psycopg.Connection[Any], not_null: bool) -> None:
-    """A row written between the last catch-up and the lock keeps the old generation, and the way back, alive."""
+def test_finalize_never_leaves_a_pending_row_behind(dsn: str, connection: psycopg.Connection[Any], not_null: bool) -> None:
+    """A row written between the last catch-up and the lock is filled first, or keeps the way back open; it is never lost."""
     knowledge_base(connection, 30, not_null=not_null)
     advance(dsn, "CUT_OVER")
 
     def edit(seen: Observation) -> None:
-        if isinstance(seen, Recorded) and seen.step == "finalize.catch_up":
+        if isinstance(seen, Effect) and seen.step == "finalize.close":
             connection.execute("UPDATE kb SET content = content || '.' WHERE id = 1")
 
-    with steering(dsn, observe=edit) as migration, pytest.raises((Refused, GateFailed)):
+    with steering(dsn, observe=edit) as migration, suppress(Refused, GateFailed):
         migration.finalize()
-    assert stage_of(connection) == ("CUT_OVER", None)
-    give(dsn, "rollback")
-    assert_exact(connection, "kb", "content", BEFORE, at_least=30)
+    if stage_of(connection)[0] == "CUT_OVER":
+        assert stage_of(connection) == ("CUT_OVER", None)
+        give(dsn, "rollback")
+        assert_exact(connection, "kb", "content", BEFORE, at_least=30)
+    else:
+        assert_exact(connection, "kb", "content", {"embedding": NEW}, at_least=30)
+        assert_no_leftovers(connection)
 
 
-@pytest.mark.xfail(strict=True, reason="finalize.py: no catch-up is repeated when a row was written between it and the lock")
 def test_finalize_under_a_writer_that_gives_no_vectors(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """A steady trickle of edits without vectors must not keep finalize from ever finding nothing pending."""
     knowledge_base(connection, 100)
@@ -768,6 +772,72 @@ def test_follower_ends_cleanly_when_the_migration_is_closed(dsn: str, connection
         closed.set()
         time.sleep(1)
     assert_exact(connection, "kb", "content", {"embedding": NEW}, at_least=30)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="follow.py _session: between `latest` and `trigger.check` a closing drops the trigger; it reads as sabotage"
+)
+def test_follower_is_not_alarmed_by_a_closing(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trigger that finalize has dropped is no reason for a follower to cry out and to advise an abort."""
+    knowledge_base(connection, 30)
+    advance(dsn, "CUT_OVER")
+    original, turns, main = trigger.check, [], threading.current_thread()
+
+    def check(*arguments: Any) -> None:
+        if threading.current_thread() is not main:
+            turns.append(True)
+            if len(turns) == 2:
+                with steering(dsn) as migration:
+                    migration.finalize()
+        original(*arguments)
+
+    monkeypatch.setattr(trigger, "check", check)
+    with following(dsn, connection):
+        until(lambda: stage_of(connection)[0] == "FINALIZED")
+        time.sleep(0.5)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=psycopg.errors.IntegrityError,
+    reason="finalize.py _close: rows without text and vector are not looked for under the lock; VALIDATE then fails for ever",
+)  # fmt: skip
+def test_text_cleared_at_the_last_moment_does_not_trap_finalize(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A row that loses its text, and with it its vector, just before the lock must not leave a closing that cannot end."""
+    knowledge_base(connection, 30)
+    advance(dsn, "CUT_OVER")
+
+    def clear(seen: Observation) -> None:
+        if isinstance(seen, Effect) and seen.step == "finalize.close":
+            connection.execute("UPDATE kb SET content = NULL WHERE id = 1")
+
+    with steering(dsn, observe=clear) as migration, pytest.raises((Refused, GateFailed)):
+        migration.finalize()
+    assert stage_of(connection) == ("CUT_OVER", None)
+
+
+@pytest.mark.xfail(strict=True, raises=Refused, reason="migration.py _close: the backup is dropped after FINALIZED is recorded")
+def test_crash_before_the_backup_is_dropped(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """`finalize --drop-backup` killed right before its last step can be repeated, like any other command."""
+    knowledge_base(connection, 30)
+    advance(dsn, "CUT_OVER", Request(from_=OLD, to=NEW, backup=True))
+    with pytest.raises(Halt), steering(dsn, observe=halting("finalize")) as migration:
+        migration.finalize(drop_backup=True)
+    give(dsn, "finalize", drop_backup=True)
+    assert one(connection, "SELECT to_regclass('kb_backup_16') IS NULL")
+
+
+@pytest.mark.xfail(
+    strict=True, reason="plan.py _target_indexes: equal targets are merged, and the second index's name is gone after finalize"
+)
+def test_two_equal_indexes_are_carried_or_refused(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """An IVFFlat beside an HNSW index of the same parameters as its replacement: neither name may vanish silently."""
+    knowledge_base(connection, 30, index="ivfflat")
+    connection.execute("CREATE INDEX second ON kb USING hnsw (embedding vector_cosine_ops) WITH (m = 16, ef_construction = 64)")
+    advance(dsn, "CUT_OVER")
+    give(dsn, "finalize")
+    assert set(names(connection)[1]) == {"kb_embedding_idx", "second"}
 
 
 def test_swap_that_cannot_write_the_ledger_leaves_no_half(dsn: str, connection: psycopg.Connection[Any]) -> None:

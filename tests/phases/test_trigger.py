@@ -9,9 +9,22 @@ from typing import Any
 
 import psycopg
 import pytest
-from fix_tables import NEW, OLD, REQUEST, add_rows, advance, assert_exact, fill, knowledge_base, literal, one, steering, vector
 from psycopg import sql
 
+from fix_tables import (
+    NEW,
+    OLD,
+    REQUEST,
+    add_rows,
+    advance,
+    assert_exact,
+    fill,
+    knowledge_base,
+    literal,
+    one,
+    steering,
+    vector,
+)
 from revector import Request
 from revector.errors import Refused
 from revector.plan import own_name

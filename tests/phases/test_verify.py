@@ -6,9 +6,9 @@ from typing import Any
 
 import psycopg
 import pytest
-from fix_tables import NEW, REQUEST, advance, knowledge_base, literal, stage_of, steering, vector
 from psycopg import sql
 
+from fix_tables import NEW, REQUEST, advance, knowledge_base, literal, stage_of, steering, vector
 from revector.embed import Refusal
 from revector.errors import GateFailed, Refused
 from revector.phases import backfill, verify

@@ -12,6 +12,8 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
+
 from fix_tables import (
     NEW,
     OLD,
@@ -22,15 +24,13 @@ from fix_tables import (
     fill,
     following,
     knowledge_base,
-    one,
     oid_of,
+    one,
     stage_of,
     steering,
     until,
     vector,
 )
-from psycopg import sql
-
 from revector.errors import GateFailed, PauseBudgetMissed, Refused
 from revector.follow import Follower
 from revector.phases import verify

@@ -1,23 +1,31 @@
 """The documentation is held to the code: links, commands, options, stages, schemas, and the SQL of the last resort.
 
-`python tests/unit/test_docs.py` writes anew what is generated in `docs/reference/status.md`.
+`PYTHONPATH=tests python tests/unit/test_docs.py` writes anew what is generated: parts of `docs/reference/status.md`, and the
+examples' schemas.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from psycopg import sql
 
 import revector.errors
-from revector import Embedder
-from revector.ledger import NEXT, TRANSITIONS, Stage
+from fix_tables import NEW, OLD, advance, assert_exact, assert_no_leftovers, body, fill, one, stage_of, steering, vector
+from revector import Settings
+from revector.embed.spec import KNOWN_MODELS
+from revector.knowledge_base import Method, ddl
+from revector.ledger import NEXT as NEXT_COMMAND
+from revector.ledger import TRANSITIONS, Stage
 
 ROOT = Path(__file__).parents[2]
 STATUS = ROOT / "docs/reference/status.md"
@@ -25,7 +33,7 @@ GUIDE = ROOT / "docs/how-to/upgrade.md"
 EXAMPLES = ROOT / "examples/knowledge-base"
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 #: Options of other programs that our pages name.
-FOREIGN = {"--local-dir", "--schema-only", "--table", "--format", "--extra-index-url", "--test-dsn"}
+FOREIGN = {"--local-dir", "--schema-only", "--table", "--exclude"}
 #: A command of the old script, never ours.
 OLD_SCRIPT = "python upgrade.py"
 
@@ -49,7 +57,9 @@ def commands_of(page: Path) -> Iterator[str]:
     for block in _FENCE.finditer(text):
         lines = block["body"].replace("\\\n", " ").splitlines()
         yield from (line.strip() for line in lines if _OURS.match(line.strip()))
-    yield from (line.strip() for line in re.findall(r"^    \S.*$", prose(page), re.MULTILINE) if _OURS.match(line.strip()))
+    yield from (
+        line.strip() for line in re.findall(r"^    \S.*$", prose(page), re.MULTILINE) if _OURS.match(line.strip())
+    )
     yield from (span for span in _SPAN.findall(prose(page)) if _OURS.match(span))
 
 
@@ -76,7 +86,7 @@ def options() -> dict[str, set[str]]:
 def test_every_command_and_option_that_a_page_names_exists(page: Path, options: dict[str, set[str]]) -> None:
     wrong = []
     for line in commands_of(page):
-        words = re.sub(r"^(?:\$ )?(?:[A-Z_]+=\S+ )*revector ?", "", line.split(" #")[0]).split()
+        words = re.sub(r"^(?:\$ )?(?:[A-Z_]+=\S+ )*revector ?", "", re.split(r" #| \| | > ", line)[0]).split()
         command = words[0] if words and not words[0].startswith("-") else ""
         if command not in options:
             wrong.append(f"{line}: no command {command!r}")
@@ -119,7 +129,9 @@ def test_internal_links_resolve(page: Path) -> None:
 
 def test_the_index_names_every_page() -> None:
     index = ROOT / "docs/README.md"
-    linked = {(index.parent / link.split("#")[0]).resolve() for link in _LINK.findall(index.read_text(encoding="utf-8"))}
+    linked = {
+        (index.parent / link.split("#")[0]).resolve() for link in _LINK.findall(index.read_text(encoding="utf-8"))
+    }
     assert {p for p in PAGES if p.is_relative_to(ROOT / "docs") and p != index} - linked == set()
 
 
@@ -130,7 +142,7 @@ def diagram() -> str:
     """The stages as a diagram, from TRANSITIONS."""
     forward = [stage for stage in Stage if stage not in (Stage.FINALIZED, Stage.ABORTED)]
     lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {forward[0]}: run"]
-    for stage, following in zip(forward, forward[1:], strict=False):
+    for stage, following in itertools.pairwise(forward):
         command = next(c for c in ("run", "cutover") if stage in TRANSITIONS[c] and (c != "run" or stage.running))
         lines.append(f"    {stage} --> {following}: {command}")
     for command, end in (("rollback", Stage.SERVED), ("finalize", Stage.FINALIZED), ("abort", Stage.ABORTED)):
@@ -145,23 +157,23 @@ def transitions() -> str:
     lines.append("|---" * (len(TRANSITIONS) + 2) + "|")
     for stage in Stage:
         cells = ["yes" if stage in stages else "" for stages in TRANSITIONS.values()]
-        lines.append(f"| {stage} | " + " | ".join(cells) + f" | `{NEXT[stage]}` |")
+        lines.append(f"| {stage} | " + " | ".join(cells) + f" | `{NEXT_COMMAND[stage]}` |")
     return "\n".join(lines)
 
 
 def generated(text: str) -> str:
     """`text` with its generated parts made anew."""
     for part, made in (("diagram", diagram()), ("transitions", transitions())):
-        text, count = re.subn(
-            rf"(<!-- generated: {part} -->\n).*?(<!-- end -->)", lambda m, made=made: m[1] + made + "\n" + m[2], text, flags=re.DOTALL
-        )
-        assert count == 1, part
+        begin, end = f"<!-- generated: {part} -->\n", "<!-- end -->"
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition(end)
+        text = head + begin + made + "\n" + end + tail
     return text
 
 
 def test_diagram_and_table_of_stages_are_current() -> None:
     text = STATUS.read_text(encoding="utf-8")
-    assert text == generated(text), "run: python tests/unit/test_docs.py"
+    assert text == generated(text), "run: PYTHONPATH=tests python tests/unit/test_docs.py"
 
 
 def test_every_stage_is_explained() -> None:
@@ -194,6 +206,23 @@ def test_the_page_lists_every_error_under_its_exit_code() -> None:
 # -- the examples ------------------------------------------------------------------------------------------------------
 
 
+SCHEMAS: dict[str, tuple[int, Method]] = {"schema_384.sql": (384, "ivfflat"), "schema_768.sql": (768, "hnsw")}
+
+
+@pytest.mark.parametrize("file", SCHEMAS)
+def test_the_example_schemas_are_what_the_program_prints(file: str) -> None:
+    assert (EXAMPLES / file).read_text(encoding="utf-8") == ddl(*SCHEMAS[file])
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "dimension"), [(".env.before", "all-MiniLM-L6-v2", 384), (".env.after", "all-mpnet-base-v2", 768)]
+)
+def test_the_example_settings_are_read(file: str, model: str, dimension: int) -> None:
+    settings = Settings(_env_file=EXAMPLES / file)
+    assert (settings.embedding_model, settings.embedding_dimension) == (model, dimension)
+    assert KNOWN_MODELS[model] == dimension
+
+
 def test_the_guide_replaces_every_usage_of_the_old_script() -> None:
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     for usage in ("--dry-run", "--batch-size 100", "--rollback"):
@@ -201,5 +230,91 @@ def test_the_guide_replaces_every_usage_of_the_old_script() -> None:
     assert f"`{OLD_SCRIPT}`" in text
 
 
+# -- the guide's SQL and Python (the only tests here that need PostgreSQL) ------------------------------------------------
+
+
+def snippets(page: Path, language: str) -> list[str]:
+    return [
+        block["body"] for block in _FENCE.finditer(page.read_text(encoding="utf-8")) if block["language"] == language
+    ]
+
+
+def by_hand() -> str:
+    found = re.search(
+        r"<!-- by hand -->\n```sql\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert found is not None
+    return found[1]
+
+
+def at_cutover(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """The guide's table, cut over from `OLD` to `NEW`, with both generations complete."""
+    connection.execute(ddl(16))
+    connection.execute("ALTER TABLE knowledge_base ALTER embedding SET NOT NULL")
+    with connection.cursor().copy("COPY knowledge_base (id, content, embedding) FROM STDIN") as copy:
+        for number in range(40):
+            copy.write_row((f"d{number}", body(number), vector(OLD, body(number))))
+    advance(dsn, "CUT_OVER", table="knowledge_base")
+
+
+def function_source(connection: psycopg.Connection[Any]) -> str:
+    return str(one(connection, "SELECT pg_get_functiondef('revector.rv_knowledge_base_g2()'::regprocedure)"))
+
+
+def test_the_rollback_by_hand_does_what_the_command_does(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    at_cutover(dsn, connection)
+    with steering(dsn, "knowledge_base") as migration:
+        migration.rollback(without_follower=True)
+        expected = function_source(connection)
+        migration.cutover(without_follower=True)
+    connection.execute("UPDATE knowledge_base SET content = content || ' edited after the cutover' WHERE id = 'd3'")
+    assert fill(dsn, connection, "knowledge_base") == 1
+
+    connection.execute(by_hand())
+
+    assert function_source(connection) == expected
+    assert stage_of(connection) == ("SERVED", None)
+    assert_exact(connection, "knowledge_base", "content", {"embedding": OLD, "embedding_g2": NEW}, at_least=40)
+    connection.execute("UPDATE knowledge_base SET content = content || ' and once more' WHERE id = 'd4'")
+    assert one(connection, "SELECT embedding IS NULL AND embedding_g2 IS NULL FROM knowledge_base WHERE id = 'd4'")
+    assert fill(dsn, connection, "knowledge_base") == 1
+    with steering(dsn, "knowledge_base") as migration:
+        assert migration.status().next == "revector cutover knowledge_base"
+        migration.cutover(without_follower=True)
+        migration.finalize()
+    assert_exact(connection, "knowledge_base", "content", {"embedding": NEW}, at_least=40)
+    assert_no_leftovers(connection, "knowledge_base")
+
+
+def test_the_guides_other_statements_run(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    at_cutover(dsn, connection)
+    pages = [GUIDE, STATUS, ROOT / "docs/explanation/what-if.md"]
+    statements = [text for page in pages for text in snippets(page, "sql") if text != by_hand()]
+    assert len(statements) >= 7
+    for text in statements:
+        assert connection.execute(text).description is not None, text
+    row = connection.execute(next(text for text in statements if "AS norm_max" in text)).fetchone()
+    assert row is not None and (row[0], row[2], row[3], row[4], row[5]) == (40, 0, 32, 32, 0)
+
+
+@pytest.mark.parametrize("file", ["validate.py", "measure.py"])
+def test_the_guides_scripts_run(file: str, dsn: str, connection: psycopg.Connection[Any], tmp_path: Path) -> None:
+    at_cutover(dsn, connection)
+    found = re.search(
+        rf"<!-- {file} -->\n```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert found is not None
+    script = tmp_path / file
+    script.write_text(found[1], encoding="utf-8")
+    environment = os.environ | {"DATABASE_URL": dsn}
+    done = subprocess.run([sys.executable, script, NEW], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"validate.py": "40 of 40 rows", "measure.py": "warm database"}[file] in done.stdout
+    wrong = subprocess.run([sys.executable, script, OLD], env=environment, capture_output=True, text=True)
+    assert wrong.returncode != 0
+
+
 if __name__ == "__main__":
     STATUS.write_text(generated(STATUS.read_text(encoding="utf-8")), encoding="utf-8")
+    for file, arguments in SCHEMAS.items():
+        (EXAMPLES / file).write_text(ddl(*arguments), encoding="utf-8")

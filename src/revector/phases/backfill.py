@@ -99,7 +99,7 @@ def run(work: Work) -> Outcome:
         for sweep in range(_SWEEPS):
             if sweep and not _any_pending(work):
                 break
-            _make_windows(work, sweep)
+            _make_windows(work, sweep, total)
             with work.step("backfill.sweep") as told:
                 told |= {"sweep": sweep, **_Sweep(work, sweep, embedder, total, figures).run()}
     elapsed = time.monotonic() - began
@@ -148,18 +148,11 @@ def _any_pending(work: Work) -> bool:
     ))  # fmt: skip
 
 
-def _make_windows(work: Work, sweep: int) -> None:
+def _make_windows(work: Work, sweep: int, rows: int) -> None:
+    """Cut the table into windows; `rows`: how many were pending when the backfill began."""
     if work.ledger.sweep_state(sweep)[0]:
         return
     blocks = int(work.control.value(block("phases/backfill", "blocks"), table=work.plan.table_oid))
-    rows = max(
-        int(
-            work.control.value(
-                "SELECT greatest(reltuples, 0) FROM pg_class WHERE oid = %(t)s::oid", t=work.plan.table_oid
-            )
-        ),
-        1,
-    )
     wanted = min(_WINDOW_SECONDS * work.rate, _WINDOW_ROWS) / max(rows / max(blocks, 1), 1)
     low, high = _WINDOW_BLOCKS
     with work.step("backfill.windows") as told:

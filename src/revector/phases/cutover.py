@@ -30,14 +30,17 @@ def run(work: Work, *, back: bool = False) -> Outcome:
             why="Somebody renamed or dropped one of them. Nothing was changed.",
             hint=f"revector status {plan.argument}",
         )
-    refused = len(work.ledger.failures(incoming.number))
-    owned = work.ledger.owned()
-    indexes = (
-        [owned.get(("index", t.name), 0) for t in plan.indexes] if not back else [i.oid for i in plan.live_indexes]
-    )
+    incoming_names = plan.index_names_of(incoming, live=False)
+    present = _present(work, incoming_names)
+    if missing := sorted(set(incoming_names) - set(present)):
+        raise Refused(
+            f"{plan.table}: index {', '.join(missing)} of {incoming.model.model} is missing or INVALID",
+            why="Searches would read the whole table. Nothing was changed.",
+            hint=f"build it again on column {incoming.column} under that name, or: revector abort {plan.argument}",
+        )
     statements = [
-        work.none_pending(incoming, incoming.column, work.allow_pending + refused),
-        work.indexes_valid(incoming, indexes),
+        work.none_pending(incoming, incoming.column, work.allow_pending + work.refused_rows(incoming)),
+        work.indexes_valid(incoming, list(present.values())),
         *swap(plan, work.table, outgoing, incoming),
         *_rename_indexes(work, outgoing, incoming),
         *_move_comment(work, outgoing),
@@ -72,30 +75,22 @@ def swap(plan: Plan, table: sql.Composable, outgoing: Generation, incoming: Gene
     ]
 
 
+def _present(work: Work, names: list[str]) -> dict[str, int]:
+    """Those of the indexes that the table has, by name; REINDEX CONCURRENTLY may have given them new OIDs."""
+    rows = work.control.rows(block("phases/cutover", "indexes_named"), table=work.plan.table_oid, names=names)
+    return {row.name: row.oid for row in rows}
+
+
 def _rename_indexes(work: Work, outgoing: Generation, incoming: Generation) -> list[sql.Composable]:
     """Each index of the outgoing side takes its own name, each of the incoming side its live name."""
-    plan = work.plan
-    owned = work.ledger.owned()
-    # oid -> (name while live, name while not)
-    sides = {
-        plan.old.number: {i.oid: (i.live_name, i.name) for i in plan.live_indexes},
-        plan.new.number: {
-            owned[("index", t.name)]: (t.live_name, t.name) for t in plan.indexes if ("index", t.name) in owned
-        },
-    }
-    oids = [*sides[outgoing.number], *sides[incoming.number]]
-    present = {
-        r.oid: r.name
-        for r in work.control.rows(block("phases/cutover", "index_names"), table=plan.table_oid, oids=oids)
-    }
-    wanted = [(oid, names[1]) for oid, names in sides[outgoing.number].items()]
-    wanted += [(oid, names[0]) for oid, names in sides[incoming.number].items()]
+    plan, renames = work.plan, []
+    for generation, live in ((outgoing, True), (incoming, False)):
+        now, then = plan.index_names_of(generation, live=live), plan.index_names_of(generation, live=not live)
+        present = _present(work, now)
+        renames += [(name, wanted) for name, wanted in zip(now, then, strict=True) if name in present]
     return [
-        block(
-            "phases/cutover", "rename_index", index=sql.Identifier(work.schema, present[oid]), name=sql.Identifier(name)
-        )
-        for oid, name in wanted
-        if oid in present and present[oid] != name
+        block("phases/cutover", "rename_index", index=sql.Identifier(work.schema, name), name=sql.Identifier(wanted))
+        for name, wanted in renames
     ]
 
 

@@ -18,9 +18,9 @@ COMMENT ON COLUMN {column} IS {comment};
 -- lock: none
 UPDATE revector.generations SET live = (number = {live}) WHERE table_oid = {table}::oid AND number IN ({old}, {new});
 
--- name: index_names
--- The present names of these indexes of the table.
+-- name: indexes_named
+-- Which of these indexes the table has.
 -- lock: none
-SELECT c.oid, c.relname AS name, i.indisvalid AS valid
+SELECT c.oid, c.relname AS name
   FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
- WHERE i.indrelid = %(table)s::oid AND c.oid = ANY (%(oids)s::oid[]);
+ WHERE i.indrelid = %(table)s::oid AND c.relname = ANY (%(names)s);

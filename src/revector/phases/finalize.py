@@ -79,7 +79,7 @@ def _close(work: Work, command: Command, stage: str, keep: Generation, guarded: 
     column = work.column(keep)
     statements = trigger.drop(plan, table) if stage != "PLANNED" else []
     if guarded and column:
-        refused = 0 if plan.not_null else len(work.ledger.failures(keep.number))
+        refused = 0 if plan.not_null else work.refused_rows(keep)
         statements.insert(0, work.none_pending(keep, column, refused))
         if plan.not_null:
             add = "not_null_named" if work.control.connection.info.server_version >= 180000 else "not_null_check"
@@ -151,4 +151,4 @@ def _refuse_without_vector(work: Work, keep: Generation, command: Command) -> No
 
 
 def _vector_indexes(plan: Plan, generation: Generation) -> list[str]:
-    return [i.name for i in (plan.indexes if generation.number == plan.new.number else plan.live_indexes)]
+    return plan.index_names_of(generation, live=False)

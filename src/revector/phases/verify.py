@@ -162,19 +162,16 @@ def _not_collapsed(sample: Sequence[Any]) -> Check:
 
 
 def _indexes(work: Work, generation: Generation, sample: Sequence[Any]) -> list[Check]:
-    owned, checks = work.ledger.owned(), []
+    checks: list[Check] = []
     for target in work.plan.indexes:
-        row = work.control.row(block("phases/verify", "index"), oid=owned.get(("index", target.name), 0))
-        valid = row is not None and row.valid
+        valid = bool(work.control.value(block("phases/verify", "index"), table=work.plan.table_oid, name=target.name))
         checks.append(Check(f"index {target.name}", "valid" if valid else "missing or INVALID", valid))
-        if valid and row is not None and sample:
-            checks += _used(work, generation, target, row.name, _vectors(sample[:_QUERIES]))
+        if valid and sample:
+            checks += _used(work, generation, target, _vectors(sample[:_QUERIES]))
     return checks
 
 
-def _used(
-    work: Work, generation: Generation, target: TargetIndex, name: str, queries: NDArray[np.float32]
-) -> list[Check]:
+def _used(work: Work, generation: Generation, target: TargetIndex, queries: NDArray[np.float32]) -> list[Check]:
     plan = work.plan
     operator = next((o for k, o in OPERATORS.items() if f"_{k}_ops" in target.opclass), "<=>")
     parts = {
@@ -189,7 +186,7 @@ def _used(
     for label, setting in (("when asked to", "enable_seqscan"), ("plainly", "jit")):
         with work.control.transaction():
             work.control.execute("SELECT set_config(%(s)s, 'off', true)", s=setting)
-            uses[label] = name in _indexes_of(
+            uses[label] = target.name in _indexes_of(
                 work.control.value(block("phases/verify", "explain", **parts), vector=texts[0])
             )
     rows = _count(work)

@@ -12,7 +12,7 @@ SELECT count(*) AS rows, count(t.{column}) AS vectors,
 -- lock: ACCESS SHARE
 SELECT t.ctid::text AS tid, ({text})::text AS text, t.{column}::real[] AS vector
   FROM ONLY {table} AS t TABLESAMPLE {method} (%(percent)s) REPEATABLE (%(seed)s)
- WHERE ({text}) IS NOT NULL AND t.{column} IS NOT NULL LIMIT %(limit)s;
+ WHERE ({text}) IS NOT NULL AND t.{column} IS NOT NULL ORDER BY random() LIMIT %(limit)s;
 
 -- name: explain
 -- The plan of a search as an application would send it.
@@ -47,4 +47,5 @@ SELECT pg_relation_size(%(table)s::oid) / current_setting('block_size')::int AS 
 -- name: index
 -- Whether an index is valid.
 -- lock: none
-SELECT i.indisvalid AS valid, c.relname AS name FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE c.oid = %(oid)s::oid;
+SELECT i.indisvalid AS valid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+ WHERE i.indrelid = %(table)s::oid AND c.relname = %(name)s;
