@@ -28,7 +28,7 @@ import typer
 import typer.core
 
 from revector import __version__, report
-from revector.errors import Interrupted, Refused, RevectorError, UsageError
+from revector.errors import Interrupted, Refused, Resumable, RevectorError, UsageError
 
 if TYPE_CHECKING:
     from revector.embed import Embedder
@@ -811,9 +811,16 @@ class _Stop:
         self.asked = False
         #: Whether the running command looks at `asked`; until it does, the first signal interrupts what is being done.
         self.gentle = False
+        #: Whether a signal has interrupted what was being done.
+        self.interrupted = False
 
     def __call__(self) -> bool:
         return self.asked
+
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` again, if somebody has swallowed it."""
+        if self.interrupted:
+            raise KeyboardInterrupt
 
     def listen(self) -> None:
         """Hear both signals from now on."""
@@ -828,6 +835,7 @@ class _Stop:
             os._exit(Interrupted.exit_code)
         self.asked = True
         if not self.gentle:
+            self.interrupted = True
             raise KeyboardInterrupt
         _tell(b"\nstopping at the next safe point (again: at once)\n")
 
@@ -986,11 +994,11 @@ def _request(
         )
     if index is Index.ivfflat and (m is not None or ef_construction is not None):
         raise UsageError("--m and --ef-construction are for HNSW, not for --index ivfflat", hint="leave them out")
-    if (ef_construction or 64) < 2 * (m or 16):
+    if m is not None and ef_construction is not None and ef_construction < 2 * m:
         raise UsageError(
-            f"--ef-construction {ef_construction or 64} is less than twice --m {m or 16}",
+            f"--ef-construction {ef_construction} is less than twice --m {m}",
             why="pgvector refuses such an HNSW index.",
-            hint=f"--ef-construction {2 * (m or 16)}",
+            hint=f"--ef-construction {2 * m}, or a smaller --m",
         )
     from revector.plan import Consents, Request
 
@@ -1063,20 +1071,24 @@ def _main(arguments: Sequence[str]) -> int:
             stream.reconfigure(errors="replace")
     threading.excepthook = lambda args: _died.append(args.exc_value or RuntimeError(str(args.exc_type)))
     _stop.listen()
+    again = f"the same command again: {shlex.join(['revector', *arguments])}"
     try:
         code = typer.main.get_command(app).main(list(arguments), prog_name="revector", standalone_mode=False)
         if _died:
             raise _died[0]
+        _stop.check()
         return code if isinstance(code, int) else 0
-    except RevectorError as error:
-        if isinstance(error, Interrupted):
-            error.why = error.why or "Nothing is lost."
-            error.hint = error.hint or f"the same command again: {shlex.join(['revector', *arguments])}"
+    except Resumable as error:
+        if not error.hint or error.hint.startswith("the same command again"):
+            error.hint = again
         return _fail(error)
-    except KeyboardInterrupt:
-        again = shlex.join(["revector", *arguments])
-        return _fail(Interrupted("interrupted", why="Nothing is lost.", hint=f"the same command again: {again}"))
-    except Exception as error:
+    except RevectorError as error:
+        return _fail(error)
+    except BaseException as error:
+        if _stop.interrupted:  # Typer has its own idea of what Ctrl-C becomes
+            return _fail(Interrupted(why="Nothing is lost.", hint=again))
+        if not isinstance(error, Exception):
+            raise
         if hasattr(error, "format_message"):  # Click's own errors, wherever this version of Typer keeps them
             context = getattr(error, "ctx", None)
             command = context.command_path if context is not None else "revector"

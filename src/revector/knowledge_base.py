@@ -417,7 +417,7 @@ class _Loader:
         self.observe = observe
         self.stop = stop
         self._embedder_for = embedder_for
-        self._models: dict[int, Embedder] = {}
+        self._models: dict[Identity, Embedder] = {}
         self.name = table
         self.table = _known_table(session, table)
         self.ledger = Ledger(session, self.table.oid)
@@ -455,11 +455,11 @@ class _Loader:
 
     def _model(self, live: LiveGeneration) -> Embedder:
         """The live model, proven once to be the one recorded."""
-        if live.number not in self._models:
+        if live.model not in self._models:
             embedder = self._embedder_for(live.model)
             embedder.check_identity(live.model)
-            self._models[live.number] = embedder
-        return self._models[live.number]
+            self._models[live.model] = embedder
+        return self._models[live.model]
 
     def _chunk(self, documents: list[_Document]) -> None:
         """Embed and write; once more when a cutover came between, for then another model answers."""
@@ -472,7 +472,7 @@ class _Loader:
             with self.session.transaction():
                 self.session.execute(block("knowledge_base", "enter", table=self.table.identifier))
                 present = self._live()
-                if present.number == self.live.number:
+                if (present.number, present.model) == (self.live.number, self.live.model):
                     written, replaced = self._write([d for d in wanted if d.id in vectors], vectors, present)
                     break
             self.observe(Note(f"{present.model.model} answers now: these texts are embedded again"))

@@ -536,9 +536,13 @@ class Migration:
             self._unfollow.clear()
 
     def follow_on(self) -> int:
-        """Stay in the foreground with the follower that a command with `follow=True` started; returns rows filled."""
+        """Stay in the foreground with the follower that a command with `follow=True` started; returns rows filled.
+
+        The table's `steer` lock is given back first: rollback and finalize come from elsewhere while this follows.
+        """
         if self._started is None:
             return 0
+        self.control.unlock("steer", self.oid)
         follower, thread = self._started
         while thread.is_alive():
             thread.join(0.2)

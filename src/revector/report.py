@@ -333,11 +333,10 @@ def _statements(shown: Preview) -> str:
 def result(done: Result, *, seconds: float, figures: bool = True) -> str:
     """What is true now, the figures, and the next command."""
     table = shlex.quote(done.table)
-    lines = [
-        f"{done.table} is {done.stage}; {done.answering} answers.",
-        f"  {done.summary}; {duration(seconds)} in all",
-    ]
-    told = {name: value for name, value in done.figures.items() if value not in ({}, [], None)}
+    head = f"{done.answering} answers"
+    lines = [f"{done.table} is {done.stage}; {head}."]
+    lines.append(f"  {done.summary.removeprefix(head + '; ')}; {duration(seconds)} in all")
+    told = {name: value for name, value in done.figures.items() if not _is_nothing(value)}
     if figures and told:
         width = max(map(len, told))
         lines += [

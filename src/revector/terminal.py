@@ -31,9 +31,12 @@ _CHANGES: Final = re.compile(
     r"\s*(CREATE|ALTER|DROP|INSERT|UPDATE|DELETE|TRUNCATE|COMMENT|GRANT|REVOKE|ANALYZE|COPY|DO|LOCK|WITH|BEGIN|SAVEPOINT)\b",
     re.IGNORECASE,
 )
-#: Housekeeping that would drown everything else.
-_HOUSEKEEPING: Final = re.compile(r"revector\.(heartbeats|windows)\b")
-_LONG_LITERAL: Final = re.compile(r"'(?:[^']|''){160,}'")
+#: The ledger's own rows: what they record is told already, and heartbeats would drown everything else.
+_LEDGER: Final = re.compile(r"\s*(INSERT INTO|UPDATE|DELETE FROM) revector\.", re.IGNORECASE)
+#: Clocks and limits inside a message.
+_SETTING: Final = re.compile(r"\s*SELECT (clock_timestamp|set_config)\(")
+_LITERAL: Final = re.compile(r"'(?:[^']|'')*'")
+_LONG: Final = 160
 
 
 class Meter:
@@ -92,6 +95,7 @@ class Terminal:
         self._lock = threading.RLock()
         self._phase = ""
         self._meter: Meter | None = None
+        self._meter_of = ""
         self._told = 0.0
         self._statements: set[str] = set()
         self._console: Console | None = _console(self._stream) if self._stream.isatty() else None
@@ -146,9 +150,10 @@ class Terminal:
 
     def statement(self, text: str) -> None:
         """A statement that was sent, unless it only looks, or stands here already."""
-        if not _CHANGES.match(text) or _HOUSEKEEPING.search(text):
+        if not _CHANGES.match(text) or _LEDGER.match(text):
             return
-        text = _LONG_LITERAL.sub("'...'", text)
+        # A long literal of one line is data; of several lines it is the body of a function.
+        text = _LITERAL.sub(lambda m: m[0] if len(m[0]) < _LONG or "\n" in m[0] else "'...'", text)
         key = re.sub(r"\d+", "0", text)
         with self._lock:
             if key in self._statements:
@@ -156,7 +161,7 @@ class Terminal:
             self._statements.add(key)
             indent = "      " if self._phase else "  "
             for line in text.splitlines():
-                if line.strip():
+                if line.strip() and not _SETTING.match(line):
                     self._line(f"{indent}| {line.rstrip()}")
 
     def rest(self) -> None:
@@ -180,17 +185,23 @@ class Terminal:
         every = _EVERY_FOLLOWING if seen.phase == "follow" else _EVERY
         if now - self._told >= every:
             self._told = now
-            self.note(f"{seen.phase}: {self._meter.told(now)}")
+            name = self._named(seen)
+            self.note(f"{name}: {self._meter.told(now)}" if name else self._meter.told(now))
 
     def _draw(self, seen: Progress, meter: Meter) -> None:
         if self._bars is None:
             self._bars = _bars(self._console, lambda: meter.told(self._now()), endless=seen.total <= seen.done)
-            self._task = self._bars.add_task(seen.phase, total=max(seen.total, 1))
+            name = self._named(seen)
+            # The columns stand one blank apart.
+            self._task = self._bars.add_task(f"      {name}" if name else "     ", total=max(seen.total, 1))
             self._bars.start()
         assert self._task is not None
         self._bars.update(self._task, completed=seen.done, total=max(seen.total, 1))
 
-    _meter_of = ""
+    def _named(self, seen: Progress) -> str:
+        """What is going on, without the phase that stands above it: `index: building index: loading tuples` is long."""
+        name = seen.phase.rsplit(": ", 1)[-1]
+        return "" if name == self._phase else name
 
     def _line(self, text: str, *, bold: bool = False) -> None:
         if self._console is None:
@@ -243,6 +254,7 @@ def _console(stream: TextIO) -> Console:
 def _bars(console: Console | None, told: Callable[[], str], *, endless: bool) -> Bars:
     from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
     from rich.progress import Progress as RichProgress
+    from rich.table import Column
     from rich.text import Text
 
     class Told(ProgressColumn):
@@ -253,7 +265,7 @@ def _bars(console: Console | None, told: Callable[[], str], *, endless: bool) ->
 
     shape: tuple[ProgressColumn, ...] = (SpinnerColumn(),) if endless else (BarColumn(bar_width=18),)
     return RichProgress(
-        TextColumn("      {task.description}", markup=False), *shape, Told(), console=console, transient=True,
+        TextColumn("{task.description}", markup=False), *shape, Told(Column(no_wrap=True)), console=console, transient=True,
         redirect_stdout=False, redirect_stderr=False, refresh_per_second=4,
     )  # fmt: skip
 

@@ -120,7 +120,9 @@ class Client:
 
     def do_save(self, connection: psycopg.Connection[Any]) -> None:
         """An ORM's full-row save: every column as it was read, the text new, the vector new or as read."""
-        row = connection.execute("SELECT id, title, note, filler, embedding FROM kb WHERE id = %s", (self.row(),)).fetchone()
+        row = connection.execute(
+            "SELECT id, title, note, filler, embedding FROM kb WHERE id = %s", (self.row(),)
+        ).fetchone()
         if row is None:
             return
         text = self.text()
@@ -161,7 +163,9 @@ class Client:
         number, text = self.row(), self.text()
         given = self.vector(connection, text)
         connection.execute("DELETE FROM kb WHERE id = %s", (number,))
-        connection.execute("INSERT INTO kb (id, content, embedding) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING", (number, text, given))
+        connection.execute(
+            "INSERT INTO kb (id, content, embedding) VALUES (%s, %s, %s) ON CONFLICT DO NOTHING", (number, text, given)
+        )
 
 
 @contextmanager
@@ -273,7 +277,9 @@ def hammer(dsn: str, connection: psycopg.Connection[Any], seed: int, seconds: fl
     assert deaths == [], f"the follower died {len(deaths)} times: {deaths[0]!r}"
 
 
-def test_hammered_for_a_short_while(dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hammered_for_a_short_while(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole way under four clients of every kind of statement ends with every vector right in both generations."""
     monkeypatch.setattr(verify, "LOOK_AGAIN", 1.0)
     hammer(dsn, connection, 1, 0.7)

@@ -27,23 +27,27 @@ ALLOWED: dict[str, set[str]] = {
     "db": {"errors", "settings", "embed", "quality"},
     "catalog": {"errors", "settings", "embed", "quality", "db"},
     "plan": {"errors", "settings", "embed", "quality", "catalog"},
-    "report": {"errors", "catalog", "plan"},
     # what is done; neither a phase nor what it is given knows the ledger
     "trigger": {"errors", "db", "catalog", "plan"},
     "work": {"errors", "settings", "embed", "db", "catalog", "plan"},
     "phases": {"errors", "settings", "embed", "quality", "db", "catalog", "plan", "trigger", "work"},
     # what is remembered of it, and who stands on that
     "ledger": {"errors", "settings", "embed", "db", "plan"},
-    "search": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger"},
-    "knowledge_base": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "search"},
+    "search": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work"},
+    "knowledge_base": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "search", "work", "survey"},
     "survey": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work"},
     "follow": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work", "phases", "trigger"},
-    "migration": {"errors", "settings", "embed", "quality", "db", "catalog", "plan", "report"}
+    "migration": {"errors", "settings", "embed", "quality", "db", "catalog", "plan"}
     | {"trigger", "work", "phases", "ledger", "search", "survey", "follow"},
+    # what is told of it; `report` imports the outcomes for their types alone
+    "maintenance": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger"},
+    "report": {"errors", "plan", "ledger", "search", "knowledge_base", "maintenance", "migration"},
+    "terminal": {"errors", "work", "report"},
     # who asks for it
     "demo": {"errors", "settings", "embed", "db", "catalog", "plan", "report", "work"}
     | {"ledger", "search", "follow", "migration", "knowledge_base", "corpus", "embedded"},
     "cli": {"errors", "settings", "embed", "quality", "db", "catalog", "plan", "report", "work", "phases"}
+    | {"terminal", "maintenance"}
     | {"ledger", "search", "survey", "follow", "migration", "knowledge_base", "demo", "embedded"},
     "__main__": {"cli"},
 }
