@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -59,11 +59,10 @@ def command(dsn: str | None, *arguments: str, env: Mapping[str, str] | None = No
     return Answer(done.returncode, done.stdout, done.stderr)
 
 
-def started(dsn: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start a command that will be interrupted."""
-    return subprocess.Popen(
-        [*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(dsn)
-    )
+def started(dsn: str, *arguments: str, code: str = "") -> subprocess.Popen[str]:
+    """Start a command that will be interrupted; `code` runs before it."""
+    program = [sys.executable, "-c", _script(code, arguments)] if code else [*PROGRAM, *arguments]
+    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(dsn))
 
 
 def ended(process: subprocess.Popen[str], *signals: signal.Signals, seconds: float = 30) -> Answer:
@@ -81,11 +80,19 @@ def ended(process: subprocess.Popen[str], *signals: signal.Signals, seconds: flo
 
 def in_process(code: str, dsn: str | None, *arguments: str, env: Mapping[str, str] | None = None) -> Answer:
     """Run the program after `code`, which may put a defect into it."""
-    script = f"import sys\n{code}\nfrom revector import cli\nsys.argv = ['revector', *{list(arguments)!r}]\ncli.main()\n"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment(dsn, env), timeout=60, check=False
+        [sys.executable, "-c", _script(code, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment(dsn, env),
+        timeout=60,
+        check=False,
     )
     return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def _script(code: str, arguments: Sequence[str]) -> str:
+    return f"import sys\n{code}\nfrom revector import cli\nsys.argv = ['revector', *{list(arguments)!r}]\ncli.main()\n"
 
 
 def until(true: Callable[[], object], seconds: float = 20.0) -> None:

@@ -1062,7 +1062,10 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """The entry point: run one command, print its error if it has one, and exit with its code."""
-    sys.exit(_main(sys.argv[1:]))
+    code = _main(sys.argv[1:])
+    # It is over: a Ctrl-C that comes while the interpreter shuts down must not change the exit code.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def _main(arguments: Sequence[str]) -> int:

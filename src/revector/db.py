@@ -421,7 +421,7 @@ def _connect_error(error: psycopg.OperationalError) -> RevectorError:
         )
     if match := re.search(r'(database|role) "([^"]*)" does not exist', text):
         return UsageError(f"{match[1]} {match[2]!r} does not exist on this server", hint=target)
-    reason = re.sub(r"(password|user)=\S+", r"\1=***", text.strip().splitlines()[-1])
+    reason = re.sub(r"(password|user)=\S+", r"\1=***", " ".join(text.split()))
     return ServerLost(
         "the database cannot be reached", why=f"libpq says: {reason}", hint=f"start the server, or {target}"
     )

@@ -707,13 +707,14 @@ def blocked(name: str, made: Draft) -> Refused:
 
 def _statements(plan: Plan, facts: Facts) -> tuple[tuple[str, str], ...]:
     table = facts.table.identifier
+    renames = cutover.index_renames(plan, plan.schema, plan.old, plan.new)
     parts: Sequence[tuple[str, Sequence[sql.Composable]]] = (
         ("backup", backup.statements(plan, table) if plan.backup else ()),
         ("expand", expand.statements(plan, table)),
         ("backfill, for each window and line pointer", backfill.statements(plan, table)),
         ("index", index.statements(plan, table)),
         ("cutover: served", serve.statements(plan, table)),
-        ("cutover", cutover.swap(plan, table, plan.old, plan.new)),
+        ("cutover", [*cutover.swap(plan, table, plan.old, plan.new), *renames.values()]),
         ("finalize", finalize.statements(plan, table, facts.server.version_num)),
     )
     return tuple((phase, statement.as_string(None)) for phase, statements in parts for statement in statements)

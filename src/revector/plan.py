@@ -734,9 +734,16 @@ def estimate(plan: Plan, facts: Facts) -> Estimate:
         index_seconds=facts.measured.index_seconds * scale,
         verify_seconds=min(rows, 200) / rate if rate else 0.0,
         bytes_before=facts.table.total_bytes,
-        bytes_added=rows * (vector + 40) + index,
+        bytes_added=rows * (_toasted(vector) if added < vector else vector) + index,
         hot_share=hot_share(tuple_bytes, added, per_page),
     )
+
+
+def _toasted(size: int) -> int:
+    """Bytes that a value of so many bytes takes out of line: chunks of 1,996 bytes, whole values on 8 kB pages."""
+    chunks = math.ceil(size / 1996)
+    whole = size + 40 * chunks
+    return (8192 // max(1, 8160 // whole) if whole <= 8160 else whole) + 40 * chunks
 
 
 def hot_share(tuple_bytes: float, added_bytes: float, rows_per_page: float) -> float:

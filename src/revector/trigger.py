@@ -76,13 +76,19 @@ def check(session: Session, plan: Plan) -> None:
     row = session.row(block("trigger", "alive"), table=plan.table_oid, trigger=plan.trigger)
     if row is not None and row.always and row.last:
         return
-    problem = (
-        "is missing" if row is None else "is no longer the last to fire" if row.always else "is not enabled ALWAYS"
-    )
+    table, name = sql.Identifier(plan.schema, plan.table), sql.Identifier(plan.trigger)
+    enable = block("trigger", "enable_trigger", table=table, trigger=name).as_string(None)
+    create = block("trigger", "create_trigger", table=table, trigger=name, function=sql.Identifier(plan.function))
+    if row is None:
+        problem, repair = "is missing", f"{create.as_string(None)}; {enable};"
+    elif not row.always:
+        problem, repair = "is not enabled ALWAYS", f"{enable};"
+    else:
+        problem, repair = "is no longer the last to fire", "rename the trigger that sorts after it"
     raise Refused(
         f"{plan.table}: the trigger {plan.trigger} {problem}",
         why="Someone changed the table's triggers; edits since then may have kept vectors of their old texts.",
-        hint=f"revector abort {plan.argument}, then: revector run {plan.argument} --to {plan.new.model.model}",
+        hint=f"{repair}\nthen set the vectors of the rows edited meanwhile to NULL, and give the same command again",
     )
 
 

@@ -43,7 +43,9 @@ def help_of(name: str = "") -> str:
 
 
 def page() -> str:
-    parts = ["# Commands\n\nEvery command's `--help`, in the order of the work. What the exit codes and stages mean: [status](status.md)."]
+    parts = [
+        "# Commands\n\nEvery command's `--help`, in the order of the work. What the exit codes and stages mean: [status](status.md)."
+    ]
     parts += [f"## revector {name}".rstrip() + f"\n\n```text\n{help_of(name)}\n```" for name in ["", *COMMANDS]]
     return "\n\n".join(parts) + "\n"
 
@@ -157,7 +159,9 @@ def _our_process() -> Iterator[None]:
         ),
     ],
 )  # fmt: skip
-def test_wrong_usage_exits_2_and_says_what_next(arguments: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_2_and_says_what_next(
+    arguments: list[str], told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert cli._main(arguments) == 2
     assert capfd.readouterr().err == told
 

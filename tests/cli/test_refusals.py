@@ -103,9 +103,7 @@ def test_no_database_to_talk_to(dsn: str) -> None:
         ),
     ],
 )  # fmt: skip
-def test_out_of_order(
-    dsn: str, connection: psycopg.Connection[Any], stage: str | None, verb: str, told: str
-) -> None:
+def test_out_of_order(dsn: str, connection: psycopg.Connection[Any], stage: str | None, verb: str, told: str) -> None:
     knowledge_base(connection, 20)
     if stage:
         advance(dsn, stage)

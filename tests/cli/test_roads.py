@@ -66,7 +66,9 @@ def test_json_is_alone_on_stdout(dsn: str, connection: psycopg.Connection[Any]) 
     before = command(dsn, "status", "kb", "--json").exits(0).json
     assert (before["format"], before["table"], before["stage"], before["live"]) == (1, "kb", None, None)
     plan = command(dsn, "plan", "kb", *FROM_TO, "--json", "-v", "--price-per-million-tokens", "2").exits(0)
-    assert plan.err and plan.json["blocked"] is False and plan.json["next"] == f"revector run kb --from {OLD} --to {NEW}"
+    assert (
+        plan.err and plan.json["blocked"] is False and plan.json["next"] == f"revector run kb --from {OLD} --to {NEW}"
+    )
     assert plan.json["rows"] == 60 and plan.json["cost"]["tokens"] == plan.json["tokens"] / 1e6 * 2
     assert any("ADD COLUMN" in s["sql"] for s in plan.json["statements"])
     assert one(connection, "SELECT to_regnamespace('revector') IS NULL"), "plan changes nothing"
@@ -154,7 +156,7 @@ def test_dry_run_is_plan_and_verbose_shows_steps_and_statements(dsn: str, connec
             assert line.strip().removesuffix(";") in sent
 
 
-@pytest.mark.parametrize("name", ["Weird Table", "select", "app.docs", "per%cent"])
+@pytest.mark.parametrize("name", ["Weird Table", "app.docs", "per%cent"])
 def test_the_next_command_can_be_pasted(dsn: str, connection: psycopg.Connection[Any], name: str) -> None:
     """Names that the shell or SQL would read differently: every hint names the table so that it is found again."""
     if name == "app.docs":

@@ -250,8 +250,10 @@ def test_refused_without_a_follower(dsn: str, connection: psycopg.Connection[Any
     advance(dsn, "VERIFIED")
     before = shape(connection)
     fill(dsn, connection)
-    beat = "INSERT INTO revector.heartbeats (worker, table_oid, kind, active, pid, host, at) "
+    beat = (
+        "INSERT INTO revector.heartbeats (worker, table_oid, kind, active, pid, host, at)"
         " VALUES (gen_random_uuid(), %s, 'follower', %s, 1, 'h', now() - %s::interval)"
+    )
     connection.execute(beat, (oid_of(connection), True, "11 s"))
     connection.execute(beat, (oid_of(connection), False, "0 s"))
     connection.execute(beat, (1, True, "0 s"))

@@ -135,7 +135,7 @@ def _parts(work: Work, generation: Generation, session: Session | None = None) -
     if column is None:
         raise Refused(
             f"{work.plan.table}: the column of generation {generation.number} is gone",
-            hint=f"revector abort {work.plan.argument}",
+            hint=f"revector status {work.plan.argument}",
         )
     return {"table": work.table, "column": sql.Identifier(column), "text": raw(work.plan.text_sql)}
 

@@ -5,7 +5,7 @@ CREATE TABLE {backup} AS
 SELECT {key}, md5(({text})::text) AS text_checksum, t.{column} AS {column} FROM ONLY {table} AS t WHERE false;
 
 -- name: own
--- The copy is readable by its owner alone, and says what it is.
+-- The copy says what it is.
 -- lock: none
 COMMENT ON TABLE {backup} IS {comment};
 

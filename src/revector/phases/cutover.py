@@ -38,11 +38,13 @@ def run(work: Work, *, back: bool = False) -> Outcome:
             why="Searches would read the whole table. Nothing was changed.",
             hint=f"build it again on column {incoming.column} under that name, or: revector abort {plan.argument}",
         )
+    renames = index_renames(plan, work.schema, outgoing, incoming)
+    here = _present(work, list(renames))
     statements = [
         work.none_pending(incoming, incoming.column, work.allow_pending + work.refused_rows(incoming)),
         work.indexes_valid(incoming, list(present.values())),
         *swap(plan, work.table, outgoing, incoming),
-        *_rename_indexes(work, outgoing, incoming),
+        *(statement for name, statement in renames.items() if name in here),
         *_move_comment(work, outgoing),
     ]
     name = "rollback" if back else "cutover"
@@ -81,17 +83,15 @@ def _present(work: Work, names: list[str]) -> dict[str, int]:
     return {row.name: row.oid for row in rows}
 
 
-def _rename_indexes(work: Work, outgoing: Generation, incoming: Generation) -> list[sql.Composable]:
-    """Each index of the outgoing side takes its own name, each of the incoming side its live name."""
-    plan, renames = work.plan, []
+def index_renames(plan: Plan, schema: str, outgoing: Generation, incoming: Generation) -> dict[str, sql.Composable]:
+    """Present name -> its rename: each outgoing index takes its own name, each incoming one its live name."""
+    renames: dict[str, sql.Composable] = {}
     for generation, live in ((outgoing, True), (incoming, False)):
         now, then = plan.index_names_of(generation, live=live), plan.index_names_of(generation, live=not live)
-        present = _present(work, now)
-        renames += [(name, wanted) for name, wanted in zip(now, then, strict=True) if name in present]
-    return [
-        block("phases/cutover", "rename_index", index=sql.Identifier(work.schema, name), name=sql.Identifier(wanted))
-        for name, wanted in renames
-    ]
+        for name, wanted in zip(now, then, strict=True):
+            parts = {"index": sql.Identifier(schema, name), "name": sql.Identifier(wanted)}
+            renames[name] = block("phases/cutover", "rename_index", **parts)
+    return renames
 
 
 def _move_comment(work: Work, outgoing: Generation) -> list[sql.Composable]:

@@ -67,9 +67,11 @@ def statements(plan: Plan, table: sql.Composable, server_version: int) -> list[s
         block("phases/finalize", add, table=table, name=name, column=column),
         block("phases/finalize", "validate", table=table, name=name),
     ]
+    doomed = (plan.new.pending_index, plan.old.pending_index)
     return [
         *trigger.drop(plan, table),
         *(back if plan.not_null else []),
+        *(block("work", "drop_index", name=sql.Identifier(plan.schema, name)) for name in doomed),
         block("phases/finalize", "drop_column", table=table, column=sql.Identifier(plan.old.column)),
     ]
 
