@@ -22,12 +22,12 @@ import numpy as np
 import psycopg
 from numpy.typing import NDArray
 from psycopg import sql
-from revector.knowledge_base import init, load
 
 from revector import Embedder, Migration, Request, Settings
 from revector.db import Database
 from revector.embedded import create_database, embedded_server
 from revector.follow import Follower
+from revector.knowledge_base import init, load
 from revector.work import Observation, Phase
 
 HERE = Path(__file__).parent
@@ -107,8 +107,11 @@ def compare(dsn: str, columns: dict[str, Truth]) -> dict[str, Any]:
                 for (_, v), r in zip(rows, right, strict=True)
             ]
             told[column] = {
-                "model": truth.model.spec, "rows": len(rows), "wrong": sum(c < SAME for c in cosines), "lowest_cosine": round(min(cosines), 6)
-            }  # fmt: skip
+                "model": truth.model.spec,
+                "rows": len(rows),
+                "wrong": sum(c < SAME for c in cosines),
+                "lowest_cosine": round(min(cosines), 6),
+            }
     return told
 
 

@@ -15,6 +15,8 @@ from typing import Any, Self
 
 import revector
 
+#: Processes that the present test has started and not yet seen the end of.
+STARTED: list[subprocess.Popen[str]] = []
 PROGRAM = [sys.executable, "-m", "revector.cli"]
 
 
@@ -48,6 +50,7 @@ def environment(dsn: str | None, more: Mapping[str, str] | None = None) -> dict[
     own = {name: value for name, value in os.environ.items() if not name.startswith(("COLUMNS", "PYTHONWARNINGS"))}
     package = str(Path(revector.__file__).parents[1])
     own["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [own.get("PYTHONPATH")])])
+    own["TMPDIR"] = str(Path.cwd())  # the details of a defect go with the test's folder
     return own | ({"DATABASE_URL": dsn} if dsn else {}) | dict(more or {})
 
 
@@ -62,7 +65,9 @@ def command(dsn: str | None, *arguments: str, env: Mapping[str, str] | None = No
 def started(dsn: str, *arguments: str, code: str = "") -> subprocess.Popen[str]:
     """Start a command that will be interrupted; `code` runs before it."""
     program = [sys.executable, "-c", _script(code, arguments)] if code else [*PROGRAM, *arguments]
-    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(dsn))
+    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(dsn))
+    STARTED.append(process)
+    return process
 
 
 def ended(process: subprocess.Popen[str], *signals: signal.Signals, seconds: float = 30) -> Answer:
@@ -70,11 +75,8 @@ def ended(process: subprocess.Popen[str], *signals: signal.Signals, seconds: flo
     for number in signals:
         process.send_signal(number)
         time.sleep(0.05)
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
+    out, err = process.communicate(timeout=seconds)
+    STARTED.remove(process)
     return Answer(process.returncode, out, err)
 
 

@@ -115,23 +115,25 @@ def run_demo(
         clock, stopping = _Clock(observe), threading.Event()
         reader, writer = _Reader(), _Writer()
         pauses: list[tuple[str, float]] = []
-        with _working(settings, old, reader, writer, stopping):
-            with Migration.open(settings, table=TABLE, observe=clock, stop=stop) as migration:
-                print_(f"\nA reader and a writer are at work. Upgrading to {to} beneath them:")
-                migration.run(Request(to=to))
-                clock.close()
-                for command, swap in (
-                    ("cutover", migration.cutover),
-                    ("rollback", migration.rollback),
-                    ("cutover again", migration.cutover),
-                ):
-                    result = swap(follow=True)
-                    pauses.append((command, float(result.figures["pause_ms"])))
-                    print_(f"{command}: {result.summary}")
-                    time.sleep(1.0)
-                with Searcher(database, settings, TABLE) as searcher:
-                    after = [searcher.search(question, k=3) for question in QUESTIONS]
-                stopping.set()
+        with (
+            _working(settings, old, reader, writer, stopping),
+            Migration.open(settings, table=TABLE, observe=clock, stop=stop) as migration,
+        ):
+            print_(f"\nA reader and a writer are at work. Upgrading to {to} beneath them:")
+            migration.run(Request(to=to))
+            clock.close()
+            for command, swap in (
+                ("cutover", migration.cutover),
+                ("rollback", migration.rollback),
+                ("cutover again", migration.cutover),
+            ):
+                result = swap(follow=True)
+                pauses.append((command, float(result.figures["pause_ms"])))
+                print_(f"{command}: {result.summary}")
+                time.sleep(1.0)
+            with Searcher(database, settings, TABLE) as searcher:
+                after = [searcher.search(question, k=3) for question in QUESTIONS]
+            stopping.set()
         for question, then, now in zip(QUESTIONS, before, after, strict=True):
             print_(f"\n{question!r}")
             print_(f"  {then.model:<22}" + ", ".join(hit.id for hit in then.hits))

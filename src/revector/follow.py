@@ -19,7 +19,7 @@ from psycopg import errors as pg
 
 from revector import trigger
 from revector.db import Database, Session
-from revector.errors import Closing, RevectorError, ServerLost
+from revector.errors import Closing, Refused, RevectorError, ServerLost
 from revector.ledger import Ledger, MigrationRow, Stage
 from revector.phases.backfill import Filler
 from revector.settings import Settings
@@ -155,7 +155,13 @@ class Follower:
                             filler.close()
                         filler = Filler(work, numbers)
                     assert filler is not None
-                    trigger.check(control, row.plan)
+                    try:
+                        trigger.check(control, row.plan)
+                    except Refused:
+                        # A closing drops the trigger and says so in the ledger; anything else is somebody's doing.
+                        if managed(ledger.latest() or row):
+                            raise
+                        continue
                     self.active = True
                     # Before that the sweeps fill the candidate, and there is no index to poll.
                     if row.stage.reached(Stage.INDEXED) and (written := self._walk(filler)):

@@ -311,8 +311,8 @@ class Ledger:
         """A statement that fails unless the migration is still where this command saw it."""
         assert self.migration is not None
         body = sql.SQL(
-            "BEGIN IF NOT EXISTS (SELECT FROM revector.migrations WHERE id = {} AND stage = ANY ({}) AND closing IS NOT DISTINCT FROM {})"
-            " THEN RAISE EXCEPTION 'another command has moved this migration on' USING ERRCODE = 'RV001'; END IF; END"
+            "BEGIN IF NOT EXISTS (SELECT FROM revector.migrations"
+            " WHERE id = {} AND stage = ANY ({}) AND closing IS NOT DISTINCT FROM {}) THEN RAISE EXCEPTION 'another command has moved this migration on' USING ERRCODE = 'RV001'; END IF; END"
         ).format(sql.Literal(self.migration), sql.Literal(list(map(str, stages))), sql.Literal(closing))
         return sql.SQL("DO {}").format(sql.Literal(body.as_string(self.session.connection)))
 
@@ -398,7 +398,8 @@ class Ledger:
         """Statements that mark a generation as gone."""
         return [
             sql.SQL(
-                "UPDATE revector.generations SET attnum = NULL, live = false, retired = now() WHERE table_oid = {}::oid AND number = {}"
+                "UPDATE revector.generations SET attnum = NULL, live = false, retired = now()"
+                " WHERE table_oid = {}::oid AND number = {}"
             ).format(sql.Literal(self.table), sql.Literal(generation))
         ]
 

@@ -16,11 +16,23 @@ from revector import ledger as ledgers
 from revector import trigger
 from revector.catalog import dependents, find_table, read_server, read_table
 from revector.db import Database, Session, block, raw, translated
-from revector.errors import Busy, GateFailed, Refused, ServerLost
+from revector.errors import Busy, GateFailed, Interrupted, Refused, ServerLost
 from revector.follow import Follower
 from revector.ledger import NEXT, Event, Ledger, MigrationRow, Stage
 from revector.phases import backfill, backup, cutover, expand, finalize, index, serve, verify
-from revector.plan import DEFAULT_BATCH, Draft, Estimate, Facts, Plan, Request, differs, draft, estimate, with_consents
+from revector.plan import (
+    DEFAULT_BATCH,
+    Draft,
+    Estimate,
+    Facts,
+    Generation,
+    Plan,
+    Request,
+    differs,
+    draft,
+    estimate,
+    with_consents,
+)
 from revector.settings import Settings
 from revector.survey import check_vector, survey
 from revector.work import STEPS, Effect, Note, Observer, Outcome, Phase, Recorded, Work, checked_models
@@ -397,15 +409,10 @@ class Migration:
             row = self.ledger.check_transition(command, self.latest(), self.name)
             self._check_same_dimension(row, bare_writers_stopped, command)
             self._check_dependents(row, command)
-            refused = [f for f in self.ledger.failures(row.plan.new.number).values() if f.kind != "blank"]
-            if not back and len(refused) > allow_failed:
-                raise GateFailed(
-                    f"{self.name}: {row.plan.new.model.model} refuses {len(refused)} texts, {allow_failed} are allowed",
-                    why=f"Those rows would vanish from search. {row.plan.old.model.model} still answers.",
-                    hint=f"revector cutover {self.argument} --allow-failed {len(refused)}",
-                )
-            self._check_follower(row, follow=follow, without_follower=without_follower)
             work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending)
+            if not back:
+                self._check_refused(work, row.plan.new, allow_failed, command, "Those rows would vanish from search.")
+            self._check_follower(row, follow=follow, without_follower=without_follower)
             with self._following(follow):
                 if row.stage is Stage.VERIFIED:
                     trigger.check(self.control, row.plan)
@@ -432,29 +439,24 @@ class Migration:
             plan = row.plan
             keep = plan.new if command == "finalize" else plan.old
             work = self._work(row, allow_failed=allow_failed)
-            if row.closing is None and row.stage in (Stage.SERVED, Stage.CUT_OVER):
-                if command == "finalize":
-                    trigger.check(self.control, plan)
-                with work.step(f"{command}.catch_up") as told:
-                    left = dict(work.catch_up([keep.number]))
-                    told["left"] = left
-                refused = [f for f in self.ledger.failures(keep.number).values() if f.kind != "blank"]
-                if command == "finalize" and len(refused) > allow_failed:
-                    raise GateFailed(
-                        f"{self.name}: {len(refused)} texts have no vector of {keep.model.model}, {allow_failed} are allowed",
-                        why=f"The first: {refused[0].error}. The old vectors would be the last ones these rows have.",
-                        hint=f"revector finalize {self.argument} --allow-failed {len(refused)}",
-                    )
-            outcome = finalize.run(
-                work,
-                "finalize" if command == "finalize" else "abort",
-                str(row.stage),
-                row.closing,
-                lambda number: self.ledger.retire_sql(number),
-            )
-            if drop_backup and plan.backup:
-                with work.step("finalize.drop_backup") as told:
-                    told["dropped"] = backup.drop(work)
+            guarded = row.closing is None and row.stage in (Stage.SERVED, Stage.CUT_OVER)
+            if guarded and command == "finalize":
+                trigger.check(self.control, plan)
+                self._check_refused(
+                    work, keep, allow_failed, command, "The old vectors would be the last these rows have."
+                )
+            with self._catching_up(work, keep.number if guarded else None):
+                if guarded:
+                    with work.step(f"{command}.catch_up") as told:
+                        told["left"] = dict(work.catch_up([keep.number]))
+                outcome = finalize.run(
+                    work,
+                    "finalize" if command == "finalize" else "abort",
+                    str(row.stage),
+                    row.closing,
+                    self.ledger.retire_sql,
+                    lambda: self._drop_backup(work) if drop_backup else None,
+                )
         return self._result(command, outcome)
 
     # -- checks -------------------------------------------------------------------------------------------------------
@@ -469,6 +471,31 @@ class Migration:
             )
         if stopped:
             self.ledger.event("consent", {"bare_writers_stopped": True, "command": command})
+
+    def _check_refused(self, work: Work, generation: Generation, allowed: int, command: str, why: str) -> None:
+        refused = work.refused(generation)
+        if len(refused) > allowed:
+            model = generation.model.model
+            raise GateFailed(
+                f"{self.name}: {model} refuses {len(refused)} texts, {allowed} are allowed",
+                why=f"{why} The first: {refused[0].error}. Nothing was changed.",
+                hint=f"correct those texts, then: revector follow {self.argument} --once\n"
+                f"or accept them: revector {command} {self.argument} --allow-failed {len(refused)}",
+            )
+
+    @contextmanager
+    def _catching_up(self, work: Work, number: int | None) -> Iterator[None]:
+        """Keep one filler open, so that the lock is tried the moment after nothing was pending."""
+        if number is None:
+            yield
+            return
+        with backfill.Filler(work, [number]) as filler:
+            work.catch_up = lambda _: filler.drain()
+            yield
+
+    def _drop_backup(self, work: Work) -> None:
+        with work.step("finalize.drop_backup") as told:
+            told["dropped"] = backup.drop(work)
 
     def _check_dependents(self, row: MigrationRow, command: str) -> None:
         table = read_table(self.control, self.oid)
@@ -519,6 +546,8 @@ class Migration:
             thread.start()
             deadline = time.monotonic() + _FOLLOWER_PATIENCE
             while not self.ledger.followers():
+                if self.stop():
+                    raise Interrupted()
                 if time.monotonic() > deadline or not thread.is_alive():
                     raise ServerLost("the follower did not come up", hint=self._command("status"))
                 time.sleep(0.1)

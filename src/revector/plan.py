@@ -385,10 +385,7 @@ def _target_indexes(request: Request, facts: Facts, live: list[Index]) -> tuple[
         method = "ivfflat" if choice == "ivfflat" else "hnsw"
         name = cut_name(f"{facts.table.name}_{facts.column.name}", "_idx")
         targets.append(TargetIndex(method, default_opclass, hnsw if method == "hnsw" else ivfflat, named(1), name))
-    unique: dict[tuple[Any, ...], TargetIndex] = {}
-    for target in targets:
-        unique.setdefault((target.method, target.opclass, target.parameters, target.predicate), target)
-    return tuple(unique.values())
+    return tuple(targets)
 
 
 def _findings(request: Request, facts: Facts, plan: Plan) -> list[Finding]:

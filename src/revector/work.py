@@ -112,6 +112,11 @@ class Outcome:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
+def _in_format(text: str) -> sql.Composable:
+    """Text for the inside of a RAISE format, where a quote and a percent sign are written twice."""
+    return raw(text.replace("'", "''").replace("%", "%%"))
+
+
 def checked_models(plan: Plan, settings: Settings) -> dict[int, Callable[[], Embedder]]:
     """Generation number -> its model: loaded at first use, and proven to be the plan's before its first vector."""
 
@@ -243,7 +248,9 @@ class Work:
         self.observe(Recorded(name, told))
         return pause
 
-    def none_pending(self, generation: Generation, column: str, allowed: int) -> sql.Composable:
+    def none_pending(
+        self, generation: Generation, column: str, allowed: int, *, also_without_text: bool = False
+    ) -> sql.Composable:
         """A statement that fails when more than `allowed` rows are pending in a generation whose column has that name.
 
         Refused texts are counted in, for nothing is scanned under the lock: add `refused_rows` to `allowed`.
@@ -253,11 +260,22 @@ class Work:
             "none_pending",
             table=self.table,
             column=sql.Identifier(column),
-            text=raw(self.plan.text_sql),
+            has_text=sql.SQL("" if also_without_text else " AND ({}) IS NOT NULL").format(raw(self.plan.text_sql)),
             allowed=sql.Literal(allowed),
-            label=raw(generation.model.model.replace("'", "''")),
+            label=_in_format(generation.model.model),
         )
         return sql.SQL("DO {}").format(sql.Literal(body.as_string(None)))
+
+    def refused(self, generation: Generation) -> list[Any]:
+        """The texts that this model refuses and that rows still have (text_hash, kind, error); blank ones left out."""
+        statement = block(
+            "work",
+            "refused",
+            table=self.table,
+            column=sql.Identifier(self.column(generation) or generation.column),
+            text=raw(self.plan.text_sql),
+        )
+        return list(self.control.rows(statement, migration=self.ledger.migration, generation=generation.number))
 
     def refused_rows(self, generation: Generation) -> int:
         """How many rows have no vector because the model refuses their text; one text may stand in many rows."""
@@ -277,7 +295,7 @@ class Work:
             "indexes_valid",
             oids=sql.SQL("{}::oid[]").format(sql.Literal(list(oids))),
             count=sql.Literal(len(oids)),
-            label=raw(generation.model.model.replace("'", "''")),
+            label=_in_format(generation.model.model),
         )
         return sql.SQL("DO {}").format(sql.Literal(body.as_string(None)))
 

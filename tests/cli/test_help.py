@@ -44,7 +44,7 @@ def help_of(name: str = "") -> str:
 
 def page() -> str:
     parts = [
-        "# Commands\n\nEvery command's `--help`, in the order of the work. What the exit codes and stages mean: [status](status.md)."
+        "# Commands\n\nEvery command's `--help`, in the order of the work. Stages and exit codes: [status](status.md)."
     ]
     parts += [f"## revector {name}".rstrip() + f"\n\n```text\n{help_of(name)}\n```" for name in ["", *COMMANDS]]
     return "\n\n".join(parts) + "\n"

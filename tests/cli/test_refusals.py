@@ -14,6 +14,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from fix_commands import command, environment, in_process
 from fix_tables import NEW, OLD, advance, knowledge_base, one
+from revector.embedded import Server
 
 FROM_TO = ("--from", OLD, "--to", NEW)
 
@@ -55,6 +56,23 @@ def test_no_database_to_talk_to(dsn: str) -> None:
     assert number.err.startswith("error: EMBEDDING_DIMENSION is not usable: ")
     for answer in (lost, nonsense):
         assert "hushhush" not in answer.out + answer.err
+
+
+def test_a_wrong_password(server: Server) -> None:
+    """A server that asks for passwords: the one given is wrong, and is not printed."""
+    with psycopg.connect(server.dsn, autocommit=True) as connection:
+        connection.execute("ALTER ROLE postgres PASSWORD 'the-right-one'")
+        (server.data / "pg_hba.conf").write_text("local all all scram-sha-256\n")
+        connection.execute("SELECT pg_reload_conf()")
+        connection.execute("SELECT pg_sleep(0.3)")
+    wrong = make_conninfo(server.dsn, password="hush-hush")
+    answer = command(wrong, "plan", "kb", *FROM_TO).exits(2)
+    assert answer.out == "" and answer.err == (
+        "error: the database rejected the user or the password\n  Nothing was read or changed.\n"
+        "  next: set DATABASE_URL in the environment or .env, or libpq's PGHOST, PGPORT, PGUSER, PGDATABASE\n"
+    )
+    right = make_conninfo(server.dsn, password="the-right-one")
+    assert command(right, "status").exits(0).out.startswith("revector knows no table")
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_a_meter_remembers_the_last_two_minutes() -> None:
 def test_a_stream_that_nobody_reads_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    with open(writing, "w") as out, Terminal(stream=out) as terminal:
+    with os.fdopen(writing, "w") as out, Terminal(stream=out) as terminal:
         for _ in range(3):
             terminal(Note("x"))
 

@@ -222,11 +222,14 @@ def test_events_in_words() -> None:
 
 
 def test_hits_in_words() -> None:
-    found = SearchResult(
-        2, "new", (Hit("a", "T", "T\nwords", 0.1, 0.9), Hit("b", "U", "x " * 90, 0.2, 0.8)), 12.3, True
-    )
+    first = Hit(id="a", title="T", text="T\nwords", distance=0.1, score=0.9)
+    second = Hit(id="b", title="U", text="x " * 90, distance=0.2, score=0.8)
+    found = SearchResult(generation=2, model="new", hits=(first, second), milliseconds=12.3, repeated=True)
     lines = report.hits(found).splitlines()
     assert lines[0] == "  1  0.900  a" and lines[2] == "  2  0.800  b  U"
     assert lines[1] == "            T words" and len(lines[3]) <= 80
     assert lines[4] == "2 hits by new in 12 ms (a cutover came between; asked again)"
-    assert report.hits(SearchResult(None, "m", (), 1.0, False)) == "0 hits by m in 1 ms"
+    assert (
+        report.hits(SearchResult(generation=None, model="m", hits=(), milliseconds=1.0, repeated=False))
+        == "0 hits by m in 1 ms"
+    )

@@ -25,7 +25,7 @@ from psycopg import sql
 
 from revector.db import Session, block, raw
 from revector.embed import Embedder
-from revector.errors import Closing, GateFailed, PauseBudgetMissed, Refused
+from revector.errors import Closing, GateFailed, PauseBudgetMissed, Refused, RevectorError
 from revector.plan import Generation, Plan, hot_share
 from revector.work import Effect, Outcome, Progress, Recorded, Work
 
@@ -107,7 +107,7 @@ def run(work: Work) -> Outcome:
         "seconds": round(elapsed, 3),
         "encoder_busy": round(figures["encode_s"] / elapsed, 3) if elapsed else 0.0,
     }
-    refused = [f for f in work.ledger.failures(plan.new.number).values() if f.kind != "blank"]
+    refused = work.refused(plan.new)
     if len(refused) > work.allow_failed:
         raise GateFailed(
             f"{plan.new.model.model} refuses {len(refused)} texts; {work.allow_failed} are allowed",
@@ -169,6 +169,8 @@ class _Sweep:
         self.holder = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self.halt = threading.Event()
         self.finished = threading.Event()
+        #: What stopped the encoder; raised once everything embedded is written.
+        self.failed: RevectorError | None = None
         self.expected: float | None = None
         self.to_encode: queue.Queue[_Window | None] = queue.Queue(1)
         self.to_write: queue.Queue[_Window | None] = queue.Queue(1)
@@ -186,6 +188,8 @@ class _Sweep:
                 self.finished.set()
         for thread in threads:
             thread.result()
+        if self.failed is not None:
+            raise self.failed
         self.work.check_stop()
         return {name: round(self.figures[name] - before[name], 3) for name in ("rows", "hot", "encode_s", "refused")}
 
@@ -197,7 +201,7 @@ class _Sweep:
             raise
 
     def _put(self, to: queue.Queue[_Window | None], item: _Window | None) -> None:
-        while not self.halt.is_set():
+        while not self.halt.is_set() and (to is self.to_write or self.failed is None):
             try:
                 to.put(item, timeout=0.2)
             except queue.Full:
@@ -223,7 +227,9 @@ class _Sweep:
         work = self.work
         with work.database.connect("reader", enable_seqscan="off") as session:
             ledger = work.ledger_on(session)
-            while not self.halt.is_set() and not work.stop() and (taken := ledger.lease(self.sweep, self.holder)):
+            while not (self.halt.is_set() or self.failed or work.stop()) and (
+                taken := ledger.lease(self.sweep, self.holder)
+            ):
                 lo, hi = taken
                 statement = block("phases/backfill", "read_window", **_parts(work, work.plan.new, session))
                 rows = session.rows(statement, lo=f"({lo},0)", hi=f"({hi},0)")
@@ -237,6 +243,8 @@ class _Sweep:
             window.vectors, window.complete = self._vectors(window.rows, refused)
             self.figures["encode_s"] += time.monotonic() - began
             self._put(self.to_write, window)
+            if self.failed is not None:
+                break
         self._put(self.to_write, None)
 
     def _vectors(self, rows: Rows, refused: set[int]) -> tuple[NDArray[np.float32], bool]:
@@ -255,7 +263,12 @@ class _Sweep:
                 complete = False
                 break
             chosen = order[start : start + size]
-            vectors[chosen], bad = encode(work, work.plan.new, self.embedder, [rows.texts[n] for n in chosen])
+            try:
+                vectors[chosen], bad = encode(work, work.plan.new, self.embedder, [rows.texts[n] for n in chosen])
+            except RevectorError as error:
+                # What is embedded already is paid for: it is written before the error is raised.
+                self.failed, complete = error, False
+                break
             for position, refusal in bad.items():
                 text_hash = int(rows.hashes[chosen[position]])
                 work.ledger.fail(work.plan.new.number, text_hash, refusal.kind, refusal.error)
@@ -492,6 +505,8 @@ class Filler:
         A locked row is skipped and met again on the next walk, so a locked head cannot starve the rest.
         """
         written, after = 0, "(0,0)"
+        # What is written behind the present end is for the next walk: writers as fast as the model must not hold us.
+        end_block = self.reader.value(block("phases/backfill", "blocks"), table=self.work.plan.table_oid)
         while not self.work.stop():
             found: dict[str, Any] = {}
             needed: dict[int, set[str]] = {}
@@ -503,7 +518,12 @@ class Filler:
                     **_parts(self.work, self.work.plan.generation(number), self.reader),
                 )
                 rows = self.reader.rows(
-                    statement, after=after, migration=self.work.ledger.migration, generation=number, limit=_FILL_LIMIT
+                    statement,
+                    after=after,
+                    end=f"({end_block},0)",
+                    migration=self.work.ledger.migration,
+                    generation=number,
+                    limit=_FILL_LIMIT,
                 )
                 needed[number] = {r.tid for r in rows}
                 found |= {r.tid: r for r in rows}

@@ -77,7 +77,7 @@ SELECT what FROM (
 -- lock: ACCESS SHARE
 SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::text COLLATE "C", 0) AS hash
   FROM ONLY {table} AS t
- WHERE t.{column} IS NULL AND ({text}) IS NOT NULL AND t.ctid > %(after)s::tid
+ WHERE t.{column} IS NULL AND ({text}) IS NOT NULL AND t.ctid > %(after)s::tid AND t.ctid < %(end)s::tid
    AND NOT EXISTS (SELECT FROM revector.failures f WHERE f.migration = %(migration)s AND f.generation = %(generation)s
                     AND f.text_hash = hashtextextended(({text})::text COLLATE "C", 0))
  ORDER BY t.ctid LIMIT %(limit)s;

@@ -26,11 +26,16 @@ _ATTEMPTS: Final = 30
 
 
 def run(
-    work: Work, command: Command, stage: str, closing: str | None, retire: Callable[[int], list[sql.Composable]]
+    work: Work,
+    command: Command,
+    stage: str,
+    closing: str | None,
+    retire: Callable[[int], list[sql.Composable]],
+    before_last: Callable[[], None],
 ) -> Outcome:
     """Close the migration from `stage`; FINALIZED or ABORTED is proven by the last step.
 
-    `retire` gives the ledger statements that mark a generation as gone.
+    `retire` gives the ledger statements that mark a generation as gone; `before_last` is done before the last step.
     """
     plan = work.plan
     keep, drop = (plan.new, plan.old) if command == "finalize" else (plan.old, plan.new)
@@ -51,6 +56,7 @@ def run(
     if column is not None:
         statements = [block("phases/finalize", "drop_column", table=work.table, column=sql.Identifier(column))]
         work.pause(f"{command}.drop_column", statements, stages=[stage], closing=command, was_closing=command)
+    before_last()
     with work.step(command, stage="FINALIZED" if command == "finalize" else "ABORTED"):
         for statement in retire(drop.number):
             work.control.execute(statement)
@@ -82,7 +88,7 @@ def _close(work: Work, command: Command, stage: str, keep: Generation, guarded: 
     statements = trigger.drop(plan, table) if stage != "PLANNED" else []
     if guarded and column:
         refused = 0 if plan.not_null else work.refused_rows(keep)
-        statements.insert(0, work.none_pending(keep, column, refused))
+        statements.insert(0, work.none_pending(keep, column, refused, also_without_text=plan.not_null))
         if plan.not_null:
             add = "not_null_named" if work.control.connection.info.server_version >= 180000 else "not_null_check"
             statements.append(
@@ -103,6 +109,8 @@ def _close(work: Work, command: Command, stage: str, keep: Generation, guarded: 
             if error.sqlstate != PENDING or attempt == _ATTEMPTS:
                 raise
             work.check_stop()
+            if plan.not_null:
+                _refuse_without_vector(work, keep, command)
             work.catch_up([keep.number])
 
 

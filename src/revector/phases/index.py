@@ -66,7 +66,11 @@ def _vector_statement(plan: Plan, target: TargetIndex, table: sql.Composable) ->
 
 
 def _pending_statements(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
-    """One for the candidate, and one for the live generation, whose pending rows count from SERVED on."""
+    """One for the candidate, and one for the live generation, whose pending rows count from SERVED on.
+
+    Where the column was NOT NULL, rows without a text are in it too: closing must find any row without a vector.
+    """
+    has_text = sql.SQL("") if plan.not_null else sql.SQL(" AND ({}) IS NOT NULL").format(raw(plan.text_sql))
     return [
         block(
             "phases/index",
@@ -74,7 +78,7 @@ def _pending_statements(plan: Plan, table: sql.Composable) -> list[sql.Composabl
             name=sql.Identifier(name),
             table=table,
             column=sql.Identifier(column),
-            text=raw(plan.text_sql),
+            has_text=has_text,
         )
         for name, column in ((plan.new.pending_index, plan.new.column), (plan.old.pending_index, plan.column))
     ]

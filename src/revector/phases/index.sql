@@ -6,7 +6,7 @@ CREATE INDEX CONCURRENTLY {name} ON {table} USING {method} ({column} {opclass}){
 -- name: pending_index
 -- The small index that finds a generation's pending rows; made after the sweeps, for with it no update is HOT.
 -- lock: SHARE UPDATE EXCLUSIVE, for a scan
-CREATE INDEX CONCURRENTLY {name} ON {table} ((1)) WHERE {column} IS NULL AND ({text}) IS NOT NULL;
+CREATE INDEX CONCURRENTLY {name} ON {table} ((1)) WHERE {column} IS NULL{has_text};
 
 -- name: analyze
 -- The planner learns the new column.

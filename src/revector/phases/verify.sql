@@ -3,8 +3,7 @@
 -- lock: ACCESS SHARE
 SELECT count(*) AS rows, count(t.{column}) AS vectors,
        count(*) FILTER (WHERE t.{column} IS NULL AND ({text}) IS NOT NULL) AS pending,
-       count(*) FILTER (WHERE {schema}.{norm}(t.{column}) = 0) AS zero,
-       count(*) FILTER (WHERE {schema}.{norm}(t.{column}) IN ('NaN', 'Infinity')) AS not_finite
+       count(*) FILTER (WHERE {schema}.{norm}(t.{column}) = 0) AS zero
   FROM ONLY {table} AS t;
 
 -- name: sample
