@@ -312,7 +312,8 @@ class Ledger:
         assert self.migration is not None
         body = sql.SQL(
             "BEGIN IF NOT EXISTS (SELECT FROM revector.migrations"
-            " WHERE id = {} AND stage = ANY ({}) AND closing IS NOT DISTINCT FROM {}) THEN RAISE EXCEPTION 'another command has moved this migration on' USING ERRCODE = 'RV001'; END IF; END"
+            " WHERE id = {} AND stage = ANY ({}) AND closing IS NOT DISTINCT FROM {})"
+            " THEN RAISE EXCEPTION 'another command has moved this migration on' USING ERRCODE = 'RV001'; END IF; END"
         ).format(sql.Literal(self.migration), sql.Literal(list(map(str, stages))), sql.Literal(closing))
         return sql.SQL("DO {}").format(sql.Literal(body.as_string(self.session.connection)))
 

@@ -359,7 +359,8 @@ def _target_indexes(request: Request, facts: Facts, live: list[Index]) -> tuple[
     choice: IndexChoice = request.index or "auto"
     hnsw: tuple[tuple[str, str], ...] = (
         ("m", str(request.m or 16)),
-        ("ef_construction", str(request.ef_construction or 64)),
+        # pgvector asks for ef_construction >= 2 * m.
+        ("ef_construction", str(request.ef_construction or max(64, 2 * (request.m or 16)))),
     )
     ivfflat: tuple[tuple[str, str], ...] = (("lists", str(request.lists or DEFAULT_LISTS)),)
     default_opclass = f'"{facts.server.vector_schema or "public"}".{facts.column.type_name}_cosine_ops'
@@ -637,6 +638,20 @@ def _index_limit_finding(plan: Plan) -> Finding:
             "Without an index every search would read the whole table.",
             "choose a model of fewer dimensions, or set EMBEDDING_DIMENSION where the model can shorten its vectors",
         )
+    for index in plan.indexes:
+        numbers = {
+            "m": 16,
+            "ef_construction": 64,
+            **{name: int(value) for name, value in index.parameters if value.isdigit()},
+        }
+        if index.method == "hnsw" and numbers["ef_construction"] < 2 * numbers["m"]:
+            return Finding(
+                "index",
+                f"{told}: ef_construction is below 2 * m",
+                False,
+                "pgvector refuses to build such an index.",
+                f"--ef-construction {2 * numbers['m']}",
+            )
     return Finding("index", told)
 
 

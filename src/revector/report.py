@@ -402,7 +402,7 @@ def statuses(all_of_them: Sequence[Status]) -> str:
 
 
 def events(log: Iterable[Event]) -> str:
-    """Every step with its figures; a heading whenever day or role change."""
+    """Every step with its figures; a heading whenever day or role change. The statements are in the JSON."""
     lines: list[str] = []
     heading = ""
     for event in log:
@@ -410,7 +410,7 @@ def events(log: Iterable[Event]) -> str:
         if new != heading:
             heading = new
             lines.append(heading)
-        told = ", ".join(f"{name} {figure(value)}" for name, value in event.figures.items())
+        told = ", ".join(f"{name} {figure(value)}" for name, value in event.figures.items() if name != "statements")
         step = f"  {event.at:%H:%M:%S}  {event.step:<22}"
         lines.append(paragraph(told, step, hang=" " * len(step)) if told else step.rstrip())
     return "\n".join(lines) or "no events"

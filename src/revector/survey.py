@@ -112,8 +112,10 @@ def survey(
         star_statements=_star_statements(session, table),
         downloads=downloads,
     )
-    preliminary = draft(request, facts).plan
-    return _with(facts, session, preliminary, set(ours)), {"old": old, "new": new}
+    preliminary = draft(request, facts)
+    # An index that cannot be built is a blocker of the plan, not an error of timing it.
+    buildable = not any(finding.title == "index" for finding in preliminary.blockers)
+    return _with(facts, session, preliminary.plan, set(ours), buildable=buildable), {"old": old, "new": new}
 
 
 def _carried(opened: MigrationRow | None) -> frozenset[str] | None:
@@ -244,9 +246,9 @@ def _rate(model: Embedder, texts: list[str], batch: int) -> float:
     return done / max(time.monotonic() - began, 1e-9)
 
 
-def _with(facts: Facts, session: Session, plan: Plan, ours: set[tuple[str, str]]) -> Facts:
+def _with(facts: Facts, session: Session, plan: Plan, ours: set[tuple[str, str]], *, buildable: bool) -> Facts:
     """The facts that need the plan's names: what is taken, and what one index build costs."""
-    index = _time_index(session, plan, plan.indexes[0]) if plan.new.model.dimension <= 2000 else 0.0
+    index = _time_index(session, plan, plan.indexes[0]) if buildable else 0.0
     return replace(
         facts, taken=_taken(session, facts.table, plan, ours), measured=replace(facts.measured, index_seconds=index)
     )

@@ -231,6 +231,7 @@ class Work:
         It fails inside the lock, changing nothing, unless the migration is still at one of `stages`.
         """
         assert name in STEPS, name
+        told = {**(figures or {}), "statements": [statement.as_string(None) for statement in statements]}
         self.observe(Effect(name))
         pause = self.database.pause(
             self.control,
@@ -238,14 +239,14 @@ class Work:
             [
                 self.ledger.guard_sql(stages, was_closing),
                 *statements,
-                *self.ledger.record_sql(name, figures or {}, stage, closing),
+                *self.ledger.record_sql(name, told, stage, closing),
             ],
             settle=True,
             observe=self.note,
         )
-        told = {"step": name, "wait_ms": round(pause.wait_ms, 1), "hold_ms": round(pause.hold_ms, 1)}
-        self.ledger.record("pause", {**told, "total_ms": round(pause.total_ms, 1), "attempt": pause.attempt})
-        self.observe(Recorded(name, told))
+        cost = {"step": name, "wait_ms": round(pause.wait_ms, 1), "hold_ms": round(pause.hold_ms, 1)}
+        self.ledger.record("pause", {**cost, "total_ms": round(pause.total_ms, 1), "attempt": pause.attempt})
+        self.observe(Recorded(name, cost))
         return pause
 
     def none_pending(

@@ -116,7 +116,7 @@ def build(work: Work, name: str, statement: sql.Composable, generation: Generati
     if state is None or not state.valid:
         raise Refused(f"index {name} is not valid after it was built", hint=f"revector run {work.plan.argument}")
     work.ledger.own("index", name, state.oid, generation.number)
-    return {"built": True}
+    return {"built": True, "statements": [statement.as_string(None)]}
 
 
 @contextmanager
