@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from itertools import pairwise
-from typing import Any, Final, Literal, LiteralString, TypeVar, cast
+from typing import Any, Final, Literal, LiteralString, cast
 
 import psycopg
-from pgvector.psycopg import register_vector
 from psycopg import errors as pg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
@@ -32,8 +31,6 @@ from revector.errors import (
     UsageError,
 )
 from revector.settings import Settings
-
-T = TypeVar("T")
 
 #: Every statement that a session sends, parameters left out, at DEBUG: what `-v` shows.
 _LOG: Final = logging.getLogger("revector.sql")
@@ -392,16 +389,6 @@ class Pause:
     hold_ms: float
     #: Which attempt succeeded.
     attempt: int
-
-
-def register_vectors(session: Session) -> None:
-    """Teach the session's connection pgvector's types, whichever schema the extension lives in."""
-    schema = session.value(
-        "SELECT nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = extnamespace WHERE extname = 'vector'"
-    )
-    with session.transaction():
-        session.execute(sql.SQL("SET LOCAL search_path = {}, pg_catalog").format(sql.Identifier(schema)))
-        register_vector(session.connection)
 
 
 def _one(connection: psycopg.Connection[Any], query: LiteralString) -> Any:

@@ -43,11 +43,6 @@ class Stage(StrEnum):
         """Whether the migration is over."""
         return self in (Stage.FINALIZED, Stage.ABORTED)
 
-    @property
-    def running(self) -> bool:
-        """Whether `run` has work left to do."""
-        return _ORDER.index(self) < _ORDER.index(Stage.VERIFIED)
-
     def reached(self, other: Stage) -> bool:
         """Whether `other` is proven already (on the way forward)."""
         return _ORDER.index(self) >= _ORDER.index(other)

@@ -209,11 +209,13 @@ class Migration:
         """The open migration, else the last closed one, else None."""
         return self.ledger.latest() if ledgers.exists(self.control) else None
 
-    def preview(self, request: Request) -> Preview:
+    def preview(self, request: Request | None = None, *, to: str | None = None, from_: str | None = None) -> Preview:
         """What `run` would do, every statement and estimate included; changes nothing."""
+        request = _asked(request, to, from_)
         with translated(self._command("plan")):
             row = self.latest()
             if row is not None and not row.stage.closed:
+                row = self.ledger.check_transition("run", row, self.name)
                 request = _as_planned(row, request, self.name)
             facts, _ = survey(
                 self.control, self.name, request, self.settings, note=lambda text: self.observe(Note(text))
@@ -243,8 +245,11 @@ class Migration:
 
     def run(
         self,
-        request: Request,
+        request: Request | None = None,
         *,
+        to: str | None = None,
+        from_: str | None = None,
+        observe: Observer | None = None,
         allow_failed: int = 0,
         cutover: bool = False,
         follow: bool = False,
@@ -254,11 +259,14 @@ class Migration:
     ) -> Result:
         """Preconditions, backup if asked, expand, backfill, index, verify; resumes where an earlier run stopped.
 
+        `to` and `from_` are short for a `Request` of these two; `observe` hears of this table's steps from now on.
         Raises `Refused` with every blocker, `GateFailed`, or a `Resumable` error; none of them changes what readers see.
         """
+        request = _asked(request, to, from_)
+        self.observe = observe or self.observe
         with translated(self._command("run")):
             self.observe(Phase(1, len(_PHASES), _PHASES[0]))
-            row = self._opened(request, allow_failed=allow_failed)
+            row = self._opened(request)
             if cutover:
                 # Checked first: nobody wants to learn after hours that the last step cannot be taken.
                 self._check_follower(row, follow=follow, without_follower=without_follower)
@@ -325,7 +333,7 @@ class Migration:
 
     # -- the parts ----------------------------------------------------------------------------------------------------
 
-    def _opened(self, request: Request, *, allow_failed: int) -> MigrationRow:
+    def _opened(self, request: Request) -> MigrationRow:
         """The open migration, checked against the options given, or a new one that no precondition refuses."""
         row = self.latest()
         if row is not None and not row.stage.closed:
@@ -700,6 +708,11 @@ class Migration:
 
 def _rows(session: Session, table: sql.Composable) -> int:
     return int(session.value(sql.SQL("SELECT count(*) FROM {}").format(table)))
+
+
+def _asked(request: Request | None, to: str | None, from_: str | None) -> Request:
+    asked = request or Request()
+    return replace(asked, to=to or asked.to, from_=from_ or asked.from_)
 
 
 def _as_planned(row: MigrationRow, request: Request, name: str) -> Request:

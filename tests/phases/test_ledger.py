@@ -52,3 +52,16 @@ def test_a_schema_of_that_name_is_the_users(dsn: str, connection: psycopg.Connec
     connection.execute("CREATE SCHEMA revector")
     with Database(Settings(database_url=dsn)).connect() as session, pytest.raises(Refused, match="that is not ours"):
         ledger.ensure(session)
+
+
+def test_the_library_in_three_verbs(dsn: str, connection: psycopg.Connection) -> None:
+    """The sketch that the README shows: preview, run, cutover; plan at CUT_OVER says what comes next instead."""
+    table(connection)
+    heard: list[object] = []
+    with Migration.open(Settings(database_url=dsn), table="kb") as migration:
+        assert migration.preview(from_="hash:8", to="hash:16").plan.new.model.model == "hash:16"
+        assert migration.run(from_="hash:8", to="hash:16", observe=heard.append).passed
+        migration.cutover(without_follower=True)
+        with pytest.raises(Refused, match="run is not possible at CUT_OVER"):
+            migration.preview(to="hash:16")
+    assert heard
