@@ -52,6 +52,7 @@ class Truth:
 def writing(dsn: str, truth: Truth) -> Iterator[dict[str, int]]:
     """An application that edits, inserts and deletes by plain SQL; with a vector of its model, or text alone."""
     stop, count = threading.Event(), {"statements": 0, "other model answers": 0, "errors": 0}
+    mine = f"new-{time.time_ns()}"
 
     def work() -> None:
         chance = random.Random(7)
@@ -68,10 +69,10 @@ def writing(dsn: str, truth: Truth) -> Iterator[dict[str, int]]:
                     if turn % 4 == 1:
                         connection.execute(
                             f"INSERT INTO {TABLE} (id, content, embedding) VALUES (%s, %s, %s)",
-                            (f"new-{turn}", text, given),
+                            (f"{mine}-{turn}", text, given),
                         )
                     elif turn % 4 == 3:
-                        connection.execute(f"DELETE FROM {TABLE} WHERE id = %s", (f"new-{turn - 2}",))
+                        connection.execute(f"DELETE FROM {TABLE} WHERE id = %s", (f"{mine}-{turn - 2}",))
                     elif given:
                         connection.execute(
                             f"UPDATE {TABLE} SET content = %s, embedding = %s WHERE id = %s", (text, given, number)
