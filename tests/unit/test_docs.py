@@ -143,7 +143,7 @@ def diagram() -> str:
     forward = [stage for stage in Stage if stage not in (Stage.FINALIZED, Stage.ABORTED)]
     lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {forward[0]}: run"]
     for stage, following in itertools.pairwise(forward):
-        command = "run" if NEXT[stage] == "run" else "cutover"
+        command = "run" if NEXT_COMMAND[stage] == "run" else "cutover"
         lines.append(f"    {stage} --> {following}: {command}")
     for command, end in (("rollback", Stage.SERVED), ("finalize", Stage.FINALIZED), ("abort", Stage.ABORTED)):
         lines += [f"    {stage} --> {end}: {command}" for stage in TRANSITIONS[command]]
