@@ -119,9 +119,13 @@ class Client:
         connection.execute("UPDATE kb SET content = %s WHERE id = %s", (text, number))
 
     def do_save(self, connection: psycopg.Connection[Any]) -> None:
-        """An ORM's full-row save: every column as it was read, the text new, the vector new or as read."""
+        """An ORM's full-row save: every column as it was read, the text new, the vector new or as read.
+
+        The row is locked while it is in the ORM's hands: a vector read before somebody else's edit and written back
+        after it is another value than the row holds, which is trusted as any vector of the owner's is.
+        """
         row = connection.execute(
-            "SELECT id, title, note, filler, embedding FROM kb WHERE id = %s", (self.row(),)
+            "SELECT id, title, note, filler, embedding FROM kb WHERE id = %s FOR UPDATE", (self.row(),)
         ).fetchone()
         if row is None:
             return
