@@ -165,7 +165,8 @@ class Migration:
                 self.oid = find_table(self.control, table)
                 if ledgers.exists(self.control):
                     ledgers.require(self.control)
-                if steer and not self.control.try_lock("steer", self.oid):
+                # A process killed a moment ago holds its lock until the server has noticed.
+                if steer and not self.control.wait_lock("steer", self.oid, seconds=2.0):
                     holder = self.control.holder("steer", self.oid)
                     raise Busy(
                         f"another revector command is steering {table} (server process {holder})",
