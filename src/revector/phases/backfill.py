@@ -33,7 +33,7 @@ from revector.work import Effect, Outcome, Progress, Recorded, Work
 _WINDOW_SECONDS: Final = 30.0
 #: ... in so many blocks and at most about so many rows, so that memory does not grow with the table.
 _WINDOW_BLOCKS: Final = (8, 512)
-_WINDOW_ROWS: Final = 2000
+_WINDOW_ROWS: Final = 1000
 #: The first sweep takes every row; two more take stragglers. What is left is the pending index's and the follower's.
 _SWEEPS: Final = 3
 _BATCHES_AT_ONCE: Final = 8
