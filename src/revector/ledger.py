@@ -20,7 +20,7 @@ from revector.errors import Refused
 from revector.plan import Plan, TargetIndex
 
 #: The ledger version that this program writes. Version n is reached by the block `upgrade_to_<n>` of ledger.sql.
-VERSION: Final = 1
+VERSION: Final = 2
 #: Key of the transaction lock under which the ledger is created and upgraded.
 _LEDGER_LOCK: Final = 0x72760000
 
@@ -149,9 +149,10 @@ def require(session: Session) -> None:
 def ensure(session: Session, upgrades: Sequence[sql.Composable] = ()) -> None:
     """Create the ledger, or upgrade it to this program's version, in one transaction.
 
-    `upgrades` are the statements from version 1 on, one a version; the default is what this program knows.
+    `upgrades` are statements beyond those that this program knows, one a version.
     """
-    target = VERSION + len(upgrades)
+    steps = [*(block("ledger", f"upgrade_to_{number}") for number in range(2, VERSION + 1)), *upgrades]
+    target = 1 + len(steps)
     with session.transaction():
         session.execute("SELECT pg_advisory_xact_lock(%(key)s)", key=_LEDGER_LOCK)
         present = version(session)
@@ -168,7 +169,7 @@ def ensure(session: Session, upgrades: Sequence[sql.Composable] = ()) -> None:
         if present > target:
             require(session)
         for number in range(present + 1, target + 1):
-            session.execute(upgrades[number - VERSION - 1])
+            session.execute(steps[number - 2])
             session.execute(block("ledger", "set_version"), version=number)
 
 

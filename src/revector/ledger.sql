@@ -43,6 +43,11 @@ CREATE TABLE revector.events (
     step text NOT NULL, figures jsonb NOT NULL DEFAULT '{{}}');
 CREATE INDEX ON revector.events (table_oid, id);
 
+-- name: upgrade_to_2
+-- Version 2: what is steered while a migration works (rates, money, a pause).
+-- lock: ACCESS EXCLUSIVE on the ledger's own tables
+ALTER TABLE revector.migrations ADD COLUMN limits jsonb NOT NULL DEFAULT '{{}}';
+
 -- name: set_version
 -- Record an upgrade of the ledger.
 -- lock: none

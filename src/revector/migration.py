@@ -164,7 +164,7 @@ class Migration:
             with translated():
                 self.oid = find_table(self.control, table)
                 if ledgers.exists(self.control):
-                    ledgers.require(self.control)
+                    ledgers.ensure(self.control)
                 # A process killed a moment ago holds its lock until the server has noticed.
                 if steer and not self.control.wait_lock("steer", self.oid, seconds=2.0):
                     holder = self.control.holder("steer", self.oid)

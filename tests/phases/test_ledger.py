@@ -37,13 +37,28 @@ def test_newer_program_upgrades_in_one_transaction_while_a_migration_is_open(
         assert session.value("SELECT stage FROM revector.migrations") == "VERIFIED"
 
 
+def test_a_ledger_of_version_1_is_upgraded_by_the_next_command(
+    dsn: str, connection: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An open migration of an older program goes on under this one."""
+    table(connection)
+    with Database(Settings(database_url=dsn)).connect() as session:
+        monkeypatch.setattr(ledger, "VERSION", 1)
+        ledger.ensure(session)
+        assert ledger.version(session) == 1
+        monkeypatch.undo()
+        with Migration.open(Settings(database_url=dsn), table="kb") as migration:
+            assert ledger.version(session) == ledger.VERSION
+            migration.run(Request(from_="hash:8", to="hash:16"))
+
+
 def test_older_program_refuses_by_name(dsn: str, connection: psycopg.Connection) -> None:
     """A program that does not know the ledger's version touches nothing."""
     table(connection)
     with Database(Settings(database_url=dsn)).connect() as session:
         ledger.ensure(session)
     connection.execute("UPDATE revector.ledger SET version = version + 1")
-    with pytest.raises(Refused, match=r"the ledger in this database has version 2; this program knows 1"):
+    with pytest.raises(Refused, match=rf"has version {ledger.VERSION + 1}; this program knows {ledger.VERSION}"):
         Migration.open(Settings(database_url=dsn), table="kb")
 
 
