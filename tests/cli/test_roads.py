@@ -184,6 +184,6 @@ def test_version_tells_the_database_s_versions_too(dsn: str, connection: psycopg
     assert re.fullmatch(r"revector \d+\.\d+\.\d+", program) and ledger == "ledger     none yet"
     assert server.startswith("PostgreSQL ") and re.fullmatch(r"pgvector   \d+\.\d+\.\d+", vector)
     command(dsn, "run", "kb", *FROM_TO).exits(0)
-    assert "\nledger     version 1\n" in command(dsn, "--version").exits(0).out
+    assert "\nledger     version 2\n" in command(dsn, "--version").exits(0).out
     nowhere = command("postgresql://nobody@127.0.0.1:9/nothing", "--version").exits(0)
     assert nowhere.out.splitlines() == [program] and nowhere.err == ""
