@@ -191,25 +191,25 @@ SELECT count(*) AS rows,
        count(*) FILTER (WHERE x.vector IS NULL) AS null_vectors,
        count(*) FILTER (WHERE x.vector IS NULL AND x.text IS NOT NULL) AS texts_without_vector,
        coalesce(sum(octet_length(x.text)), 0)::bigint AS text_bytes
-  FROM (SELECT ({text})::text AS text, {column} AS vector FROM ONLY {table}) AS x;
+  FROM (SELECT ({text})::text AS text, {column} AS vector FROM {table}) AS x;
 
 -- name: null_parts
 -- How many rows have no text because of each column that it is made of.
 -- lock: ACCESS SHARE
-SELECT count(*) AS rows FROM ONLY {table} WHERE ({text}) IS NULL AND {column} IS NULL;
+SELECT count(*) AS rows FROM {table} WHERE ({text}) IS NULL AND {column} IS NULL;
 
 -- name: sample
 -- A random sample of rows that have a text, with the vector of one column.
 -- lock: ACCESS SHARE
 SELECT ctid::text AS ctid, ({text})::text AS text, {column}::text AS vector, octet_length(({text})::text) AS bytes
-  FROM ONLY {table} TABLESAMPLE {method} (%(percent)s) REPEATABLE (%(seed)s)
+  FROM {table} TABLESAMPLE {method} (%(percent)s) REPEATABLE (%(seed)s)
  WHERE ({text}) IS NOT NULL AND {column} IS NOT NULL ORDER BY random() LIMIT %(limit)s;
 
 -- name: sample_texts
 -- A random sample of texts.
 -- lock: ACCESS SHARE
 SELECT ({text})::text AS text
-  FROM ONLY {table} TABLESAMPLE {method} (%(percent)s) REPEATABLE (%(seed)s)
+  FROM {table} TABLESAMPLE {method} (%(percent)s) REPEATABLE (%(seed)s)
  WHERE ({text}) IS NOT NULL ORDER BY random() LIMIT %(limit)s;
 
 -- name: flatten

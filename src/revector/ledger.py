@@ -331,14 +331,13 @@ class Ledger:
         """The table's events, oldest first."""
         return [Event(**r._asdict()) for r in reversed(self._rows("events", table=self.table, limit=limit))]
 
-    def make_windows(self, sweep: int, blocks: int, end: int) -> None:
-        """Cut blocks 0..end into windows."""
-        self._run("make_windows", migration=self.migration, sweep=sweep, blocks=blocks, end=end)
+    def make_windows(self, sweep: int, relation: int, blocks: int, end: int) -> None:
+        """Cut blocks 0..end of a leaf into windows."""
+        self._run("make_windows", migration=self.migration, sweep=sweep, relation=relation, blocks=blocks, end=end)
 
-    def sweep_state(self, sweep: int) -> tuple[int, int, int]:
-        """(windows, windows done, rows written) of a sweep."""
-        row = self._rows("has_windows", migration=self.migration, sweep=sweep)[0]
-        return row.windows, row.done, row.written
+    def cut(self, sweep: int) -> frozenset[int]:
+        """The leaves that a sweep has cut into windows, by OID."""
+        return frozenset(row.relation for row in self._rows("cut", migration=self.migration, sweep=sweep))
 
     def release_leases(self) -> None:
         """Give back leases of processes that no longer live."""
@@ -355,18 +354,26 @@ class Ledger:
             "fail", migration=self.migration, generation=generation, text_hash=text_hash, kind=kind, error=error[:500]
         )
 
-    def lease(self, sweep: int, holder: str) -> tuple[int, int] | None:
-        """Take the next free window: its first block and the one after its last."""
+    def lease(self, sweep: int, holder: str) -> tuple[int, int, int] | None:
+        """Take the next free window: its leaf, its first block and the one after its last."""
         rows = self._rows("lease", migration=self.migration, sweep=sweep, holder=holder)
-        return (rows[0].lo, rows[0].hi) if rows else None
+        return (rows[0].relation, rows[0].lo, rows[0].hi) if rows else None
 
     def beat_leases(self, holder: str) -> None:
         """Say that this holder's windows are being worked on."""
         self._run("beat_leases", migration=self.migration, holder=holder)
 
-    def window_done(self, sweep: int, lo: int, written: int, hot: int) -> None:
+    def window_done(self, sweep: int, relation: int, lo: int, written: int, hot: int) -> None:
         """A window is written."""
-        self._run("window_done", migration=self.migration, sweep=sweep, lo=lo, written=written, hot=hot)
+        self._run(
+            "window_done",
+            migration=self.migration,
+            sweep=sweep,
+            relation=relation,
+            lo=lo,
+            written=written,
+            hot=hot,
+        )
 
     def expand_sql(self, plan: Plan) -> list[sql.Composable]:
         """The candidate and the objects that expand made, as statements for the same message."""

@@ -47,6 +47,10 @@ CREATE INDEX ON revector.events (table_oid, id);
 -- Version 2: what is steered while a migration works (rates, money, a pause).
 -- lock: ACCESS EXCLUSIVE on the ledger's own tables
 ALTER TABLE revector.migrations ADD COLUMN limits jsonb NOT NULL DEFAULT '{{}}';
+ALTER TABLE revector.windows ADD COLUMN relation oid;
+UPDATE revector.windows w SET relation = m.table_oid FROM revector.migrations m WHERE m.id = w.migration;
+DELETE FROM revector.windows WHERE relation IS NULL;
+ALTER TABLE revector.windows DROP CONSTRAINT windows_pkey, ADD PRIMARY KEY (migration, sweep, relation, lo);
 
 -- name: set_version
 -- Record an upgrade of the ledger.
@@ -161,29 +165,28 @@ SELECT id, at, who, step, figures, migration FROM revector.events
  WHERE table_oid = %(table)s::oid ORDER BY id DESC LIMIT %(limit)s;
 
 -- name: make_windows
--- Cut the table's blocks into windows, once a sweep.
+-- Cut a leaf's blocks into windows, once a sweep.
 -- lock: none
-INSERT INTO revector.windows (migration, sweep, lo, hi)
-SELECT %(migration)s, %(sweep)s, lo, least(lo + %(blocks)s, %(end)s)
+INSERT INTO revector.windows (migration, sweep, relation, lo, hi)
+SELECT %(migration)s, %(sweep)s, %(relation)s::oid, lo, least(lo + %(blocks)s, %(end)s)
   FROM generate_series(0, greatest(%(end)s::bigint - 1, 0), %(blocks)s::bigint) AS lo
 ON CONFLICT DO NOTHING;
 
--- name: has_windows
--- Whether a sweep has been cut, and whether all of it is done.
+-- name: cut
+-- The leaves that a sweep has cut into windows.
 -- lock: none
-SELECT count(*) AS windows, count(done) AS done, coalesce(sum(written), 0) AS written FROM revector.windows
- WHERE migration = %(migration)s AND sweep = %(sweep)s;
+SELECT DISTINCT relation FROM revector.windows WHERE migration = %(migration)s AND sweep = %(sweep)s;
 
 -- name: lease
 -- Take the next window that nobody holds, or whose holder has not been heard of for 30 s.
 -- lock: none
 UPDATE revector.windows w SET holder = %(holder)s, heartbeat = clock_timestamp()
- WHERE (migration, sweep, lo) = (
-       SELECT migration, sweep, lo FROM revector.windows
+ WHERE (migration, sweep, relation, lo) = (
+       SELECT migration, sweep, relation, lo FROM revector.windows
         WHERE migration = %(migration)s AND sweep = %(sweep)s AND done IS NULL
           AND (holder IS NULL OR heartbeat < clock_timestamp() - interval '30 s')
-        ORDER BY lo LIMIT 1 FOR UPDATE SKIP LOCKED)
-RETURNING w.lo, w.hi;
+        ORDER BY relation, lo LIMIT 1 FOR UPDATE SKIP LOCKED)
+RETURNING w.relation, w.lo, w.hi;
 
 -- name: release_leases
 -- Give back what a process that no longer lives had taken; the caller holds `steer`, and no worker holds `windows`.
@@ -200,7 +203,7 @@ UPDATE revector.windows SET heartbeat = clock_timestamp()
 -- A window is written.
 -- lock: none
 UPDATE revector.windows SET done = clock_timestamp(), written = %(written)s, hot = %(hot)s
- WHERE migration = %(migration)s AND sweep = %(sweep)s AND lo = %(lo)s;
+ WHERE migration = %(migration)s AND sweep = %(sweep)s AND relation = %(relation)s::oid AND lo = %(lo)s;
 
 -- name: fail
 -- Record texts that the model refuses.

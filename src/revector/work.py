@@ -13,6 +13,7 @@ from psycopg import sql
 from revector.db import Database, Pause, Session, block, raw
 from revector.embed import Embedder, Identity
 from revector.errors import Interrupted
+from revector.partitions import Leaf, leaves
 from revector.plan import Generation, Plan
 from revector.settings import Settings
 
@@ -92,14 +93,14 @@ class LedgerView(Protocol):
     def disown(self, kind: str, name: str) -> None: ...  # noqa: D102
     def owned(self) -> dict[tuple[str, str], int]: ...  # noqa: D102
     def attnum(self, number: int) -> int | None: ...  # noqa: D102
-    def make_windows(self, sweep: int, blocks: int, end: int) -> None: ...  # noqa: D102
-    def sweep_state(self, sweep: int) -> tuple[int, int, int]: ...  # noqa: D102
+    def make_windows(self, sweep: int, relation: int, blocks: int, end: int) -> None: ...  # noqa: D102
+    def cut(self, sweep: int) -> frozenset[int]: ...  # noqa: D102
     def release_leases(self) -> None: ...  # noqa: D102
     def failures(self, generation: int) -> Mapping[int, Any]: ...  # noqa: D102
     def fail(self, generation: int, text_hash: int, kind: str, error: str) -> None: ...  # noqa: D102
-    def lease(self, sweep: int, holder: str) -> tuple[int, int] | None: ...  # noqa: D102
+    def lease(self, sweep: int, holder: str) -> tuple[int, int, int] | None: ...  # noqa: D102
     def beat_leases(self, holder: str) -> None: ...  # noqa: D102
-    def window_done(self, sweep: int, lo: int, written: int, hot: int) -> None: ...  # noqa: D102
+    def window_done(self, sweep: int, relation: int, lo: int, written: int, hot: int) -> None: ...  # noqa: D102
     def expand_sql(self, plan: Plan) -> list[sql.Composable]: ...  # noqa: D102
 
 
@@ -187,6 +188,10 @@ class Work:
         """The table's present name, read through that session."""
         row = session.row(block("work", "table_name"), table=self.plan.table_oid)
         return sql.Identifier(row.nspname, row.relname) if row else sql.Identifier(self.plan.schema, self.plan.table)
+
+    def leaves(self, session: Session | None = None) -> tuple[Leaf, ...]:
+        """The relations that hold the rows now: the table itself, or the leaves of a partitioned one."""
+        return leaves(session or self.control, self.plan.table_oid)
 
     def column(self, generation: Generation, session: Session | None = None) -> str | None:
         """The name that a generation's column has now, resolved from its attribute number; None: it is gone."""

@@ -6,7 +6,7 @@ DECLARE
 BEGIN
   PERFORM pg_catalog.set_config('enable_seqscan', 'off', true);
   SELECT count(*) INTO pending FROM (
-    SELECT FROM ONLY {table} AS t WHERE t.{column} IS NULL{has_text} LIMIT {allowed} + 1) AS few;
+    SELECT FROM {table} AS t WHERE t.{column} IS NULL{has_text} LIMIT {allowed} + 1) AS few;
   IF pending > {allowed} THEN
     RAISE EXCEPTION '% rows or more are pending in {label}, % are allowed', pending, {allowed} USING ERRCODE = 'RV002';
   END IF;
@@ -40,7 +40,7 @@ DROP INDEX CONCURRENTLY IF EXISTS {name};
 -- The texts that the model refuses and that rows still have.
 -- lock: ACCESS SHARE
 SELECT DISTINCT f.text_hash, f.kind, f.error
-  FROM ONLY {table} AS t
+  FROM {table} AS t
   JOIN revector.failures f ON f.migration = %(migration)s AND f.generation = %(generation)s
    AND f.text_hash = hashtextextended(({text})::text COLLATE "C", 0)
  WHERE t.{column} IS NULL AND ({text}) IS NOT NULL AND f.kind <> 'blank';
@@ -48,6 +48,6 @@ SELECT DISTINCT f.text_hash, f.kind, f.error
 -- name: refused_rows
 -- Rows that are pending because the model refuses their text.
 -- lock: ACCESS SHARE
-SELECT count(*) FROM ONLY {table} AS t WHERE t.{column} IS NULL AND ({text}) IS NOT NULL
+SELECT count(*) FROM {table} AS t WHERE t.{column} IS NULL AND ({text}) IS NOT NULL
    AND EXISTS (SELECT FROM revector.failures f WHERE f.migration = %(migration)s AND f.generation = %(generation)s
                 AND f.text_hash = hashtextextended(({text})::text COLLATE "C", 0));

@@ -25,12 +25,13 @@ ALLOWED: dict[str, set[str]] = {
     "embed": {"errors", "settings"},
     # the database, and what is decided about it
     "db": {"errors", "settings", "embed", "quality"},
-    "catalog": {"errors", "settings", "embed", "quality", "db"},
+    "partitions": {"errors", "db"},
+    "catalog": {"errors", "settings", "embed", "quality", "db", "partitions"},
     "plan": {"errors", "settings", "embed", "quality", "catalog"},
     # what is done; neither a phase nor what it is given knows the ledger
     "trigger": {"errors", "db", "catalog", "plan"},
-    "work": {"errors", "settings", "embed", "db", "catalog", "plan"},
-    "phases": {"errors", "settings", "embed", "quality", "db", "catalog", "plan", "trigger", "work"},
+    "work": {"errors", "settings", "embed", "db", "catalog", "plan", "partitions"},
+    "phases": {"errors", "settings", "embed", "quality", "db", "catalog", "plan", "trigger", "work", "partitions"},
     # what is remembered of it, and who stands on that
     "ledger": {"errors", "settings", "embed", "db", "plan"},
     "search": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work"},

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ from psycopg import sql
 from revector.db import Session, block, raw
 from revector.embed import Embedder
 from revector.errors import Closing, GateFailed, PauseBudgetMissed, Refused, RevectorError
+from revector.partitions import Detached, Leaf
 from revector.plan import Generation, Plan, hot_share
 from revector.work import Effect, Outcome, Progress, Recorded, Work
 
@@ -79,6 +80,7 @@ class Rows:
 
 @dataclass(slots=True)
 class _Window:
+    leaf: Leaf
     lo: int
     hi: int
     rows: Rows
@@ -130,14 +132,22 @@ def statements(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
     ]
 
 
-def _parts(work: Work, generation: Generation, session: Session | None = None) -> dict[str, sql.Composable]:
+def _parts(
+    work: Work, generation: Generation, session: Session | None = None, leaf: Leaf | None = None
+) -> dict[str, sql.Composable]:
+    """What the statements of a generation need; they are about the whole table where no leaf is named."""
     column = work.column(generation, session)
     if column is None:
         raise Refused(
             f"{work.plan.table}: the column of generation {generation.number} is gone",
             hint=f"revector status {work.plan.argument}",
         )
-    return {"table": work.table, "column": sql.Identifier(column), "text": raw(work.plan.text_sql)}
+    table = work.table if leaf is None else leaf.identifier
+    return {"table": table, "column": sql.Identifier(column), "text": raw(work.plan.text_sql)}
+
+
+def _blocks(session: Session, leaf: Leaf) -> int:
+    return int(session.value(block("phases/backfill", "blocks"), table=leaf.oid))
 
 
 def _any_pending(work: Work) -> bool:
@@ -149,16 +159,19 @@ def _any_pending(work: Work) -> bool:
 
 
 def _make_windows(work: Work, sweep: int, rows: int) -> None:
-    """Cut the table into windows; `rows`: how many were pending when the backfill began."""
-    if work.ledger.sweep_state(sweep)[0]:
+    """Cut every leaf into windows, also one that came since; `rows`: how many were pending when the backfill began."""
+    cut = work.ledger.cut(sweep)
+    sizes = {leaf: _blocks(work.control, leaf) for leaf in work.leaves() if leaf.oid not in cut}
+    if not sizes:
         return
-    blocks = int(work.control.value(block("phases/backfill", "blocks"), table=work.plan.table_oid))
+    blocks = sum(sizes.values())
     wanted = min(_WINDOW_SECONDS * work.rate, _WINDOW_ROWS) / max(rows / max(blocks, 1), 1)
     low, high = _WINDOW_BLOCKS
     with work.step("backfill.windows") as told:
         size = high if sweep else int(min(max(wanted, low), high))
-        work.ledger.make_windows(sweep, size, blocks)
-        told |= {"sweep": sweep, "blocks": blocks, "window": size}
+        for leaf, end in sizes.items():
+            work.ledger.make_windows(sweep, leaf.oid, size, end)
+        told |= {"sweep": sweep, "blocks": blocks, "window": size, "leaves": len(sizes)}
 
 
 class _Sweep:
@@ -171,7 +184,8 @@ class _Sweep:
         self.finished = threading.Event()
         #: What stopped the encoder; raised once everything embedded is written.
         self.failed: RevectorError | None = None
-        self.expected: float | None = None
+        #: Leaf OID -> the share of HOT updates that its rows' shape allows.
+        self.expected: dict[int, float] = {}
         self.to_encode: queue.Queue[_Window | None] = queue.Queue(1)
         self.to_write: queue.Queue[_Window | None] = queue.Queue(1)
 
@@ -230,10 +244,14 @@ class _Sweep:
             while not (self.halt.is_set() or self.failed or work.stop()) and (
                 taken := ledger.lease(self.sweep, self.holder)
             ):
-                lo, hi = taken
-                statement = block("phases/backfill", "read_window", **_parts(work, work.plan.new, session))
+                relation, lo, hi = taken
+                leaf = next((leaf for leaf in work.leaves(session) if leaf.oid == relation), None)
+                if leaf is None:  # detached or dropped since: nothing is left to do in it
+                    ledger.window_done(self.sweep, relation, lo, 0, 0)
+                    continue
+                statement = block("phases/backfill", "read_window", **_parts(work, work.plan.new, session, leaf))
                 rows = session.rows(statement, lo=f"({lo},0)", hi=f"({hi},0)")
-                self._put(self.to_encode, _Window(lo, hi, Rows.of(rows)))
+                self._put(self.to_encode, _Window(leaf, lo, hi, Rows.of(rows)))
         self._put(self.to_encode, None)
 
     def _encode(self) -> None:
@@ -288,11 +306,14 @@ class _Sweep:
                 stage_rows(session, plan, window.rows, have, new=window.vectors)
                 written = hot = 0
                 for place in np.unique(window.rows.places[have]).tolist():
-                    rows, share = self._write_place(session, window, place)
+                    try:
+                        rows, share = self._write_place(session, window, place)
+                    except Detached:
+                        break
                     written, hot = written + rows, hot + share
                     if gap:
                         time.sleep(gap)
-                gap = self._next_gap(session, gap, hot / written if written else 1.0)
+                gap = self._next_gap(session, window.leaf, gap, hot / written if written else 1.0)
                 if gap >= _LONGEST_GAP and not told_of_snapshot:
                     told_of_snapshot = True
                     holder = session.value(block("phases/backfill", "in_the_way"))
@@ -301,29 +322,29 @@ class _Sweep:
                 self.figures["hot"] += hot
                 work.observe(Effect("backfill.window"))
                 if window.complete:
-                    ledger.window_done(self.sweep, window.lo, written, hot)
+                    ledger.window_done(self.sweep, window.leaf.oid, window.lo, written, hot)
                     work.observe(Recorded("backfill.window", {"lo": window.lo, "written": written, "hot": hot}))
                 work.observe(Progress("backfill", min(self.figures["rows"], self.total), self.total, "rows"))
 
     def _write_place(self, session: Session, window: _Window, place: int) -> tuple[int, int]:
         parts = {"text": raw(self.work.plan.text_sql)}
-        with entered(self.work, session) as at:
+        with entered(self.work, session, window.leaf) as at:
             column = at.columns[self.work.plan.new.number]
             statement = block("phases/backfill", "write_place", column=column, table=at.table, **parts)
             rows = session.execute(statement, place=place, lo=f"({window.lo},0)", hi=f"({window.hi},0)")
-            return rows, session.value(block("phases/backfill", "hot"), table=self.work.plan.table_oid) - at.hot
+            return rows, session.value(block("phases/backfill", "hot"), table=window.leaf.oid) - at.hot
 
-    def _next_gap(self, session: Session, gap: float, share: float) -> float:
+    def _next_gap(self, session: Session, leaf: Leaf, gap: float, share: float) -> float:
         """Below half of the share that the row shape allows, double the gap between passes; else shrink it."""
-        if self.expected is None:
+        if leaf.oid not in self.expected:
             row = session.row(
                 "SELECT pg_relation_size(oid)::float8 / greatest(reltuples, 1) AS bytes FROM pg_class WHERE oid = %(t)s::oid",
-                t=self.work.plan.table_oid,
+                t=leaf.oid,
             )
             size = max(row.bytes if row else 1000.0, 24.0)
             width = 8 + self.work.plan.new.model.dimension * (4 if self.work.plan.column_type == "vector" else 2)
-            self.expected = hot_share(size, 20 if size + width > 2032 else width, max(1.0, 8168 / size))
-        if share < 0.5 * self.expected:
+            self.expected[leaf.oid] = hot_share(size, 20 if size + width > 2032 else width, max(1.0, 8168 / size))
+        if share < 0.5 * self.expected[leaf.oid]:
             return min(max(2 * gap, 0.02), _LONGEST_GAP)
         return gap / 2 if gap > 0.02 else 0.0
 
@@ -366,17 +387,19 @@ class _Entered:
 
 
 @contextmanager
-def entered(work: Work, session: Session) -> Iterator[_Entered]:
-    """A write transaction: ROW EXCLUSIVE first, then the names that the columns have now.
+def entered(work: Work, session: Session, leaf: Leaf) -> Iterator[_Entered]:
+    """A write transaction in one leaf: ROW EXCLUSIVE first, then the names that the columns have now.
 
-    SQL planned before a cutover would write the old model's vectors into the new column, hence the order.
-    Raises `Refused` when the migration no longer wants writes.
+    SQL planned before a cutover would write the old model's vectors into the new column, hence the order. The leaf's
+    lock is enough: a rename on the table needs every leaf. Raises `Closing` when the migration no longer wants writes,
+    `Detached` when the leaf is not the table's any more.
     """
     with session.transaction():
-        table = work.table_on(session)
-        _enter(work, session, table)
+        table = leaf.identifier if leaf.oid != work.plan.table_oid else work.table_on(session)
+        _enter(work, session, table, leaf)
         row = session.row(
             block("phases/backfill", "resolve"),
+            relation=leaf.oid,
             migration=work.ledger.migration,
             old=work.plan.old.number,
             new=work.plan.new.number,
@@ -387,11 +410,13 @@ def entered(work: Work, session: Session) -> Iterator[_Entered]:
                 why="Nothing more is written.",
                 hint=f"revector status {work.plan.argument}",
             )
+        if not row.attached:
+            raise Detached(leaf.name)
         columns = {work.plan.old.number: row.old_column, work.plan.new.number: row.new_column}
         yield _Entered(table, {number: sql.Identifier(name) for number, name in columns.items() if name}, row.hot)
 
 
-def _enter(work: Work, session: Session, table: sql.Identifier) -> None:
+def _enter(work: Work, session: Session, table: sql.Identifier, leaf: Leaf) -> None:
     """Wait for ROW EXCLUSIVE in slices of lock_timeout: only somebody's DDL can be in the way."""
     deadline = time.monotonic() + _LOCK_PATIENCE
     while True:
@@ -399,6 +424,10 @@ def _enter(work: Work, session: Session, table: sql.Identifier) -> None:
             with session.transaction():
                 session.execute(block("phases/backfill", "enter", table=table))
             return
+        except pg.UndefinedTable:
+            if leaf.oid == work.plan.table_oid:
+                raise
+            raise Detached(leaf.name) from None
         except (pg.LockNotAvailable, pg.DeadlockDetected):
             work.check_stop()
             if time.monotonic() > deadline:
@@ -500,13 +529,16 @@ class Filler:
         return int(self.reader.value(statement, migration=self.work.ledger.migration, generation=number, limit=limit))
 
     def walk(self) -> int:
-        """One walk through all that is pending now, in heap order; returns the rows written.
+        """One walk through all that is pending now, leaf by leaf in heap order; returns the rows written.
 
         A locked row is skipped and met again on the next walk, so a locked head cannot starve the rest.
         """
+        return sum(self._walk(leaf) for leaf in self.work.leaves(self.reader))
+
+    def _walk(self, leaf: Leaf) -> int:
         written, after = 0, "(0,0)"
         # What is written behind the present end is for the next walk: writers as fast as the model must not hold us.
-        end_block = self.reader.value(block("phases/backfill", "blocks"), table=self.work.plan.table_oid)
+        end_block = _blocks(self.reader, leaf)
         while not self.work.stop():
             found: dict[str, Any] = {}
             needed: dict[int, set[str]] = {}
@@ -515,7 +547,7 @@ class Filler:
                 statement = block(
                     "phases/backfill",
                     "pending_rows",
-                    **_parts(self.work, self.work.plan.generation(number), self.reader),
+                    **_parts(self.work, self.work.plan.generation(number), self.reader, leaf),
                 )
                 rows = self.reader.rows(
                     statement,
@@ -534,7 +566,10 @@ class Filler:
             # Beyond the nearest end one generation has not been read yet.
             end = min(ends, default=None)
             batch = [r for tid, r in found.items() if end is None or _place(tid) <= end]
-            written += self._fill(batch, needed)
+            try:
+                written += self._fill(leaf, batch, needed)
+            except Detached:
+                return written
             if end is None:
                 return written
             after = f"({end[0]},{end[1]})"
@@ -557,7 +592,7 @@ class Filler:
             if not written:
                 time.sleep(0.5)
 
-    def _fill(self, batch: list[Any], needed: dict[int, set[str]]) -> int:
+    def _fill(self, leaf: Leaf, batch: list[Any], needed: dict[int, set[str]]) -> int:
         plan, rows = self.work.plan, Rows.of(batch)
         vectors: dict[int, NDArray[np.float32]] = {}
         for number in self.numbers:
@@ -576,7 +611,7 @@ class Filler:
                     )
         old, new = vectors.get(plan.old.number), vectors.get(plan.new.number)
         stage_rows(self.session, plan, rows, np.arange(len(batch)), old=old, new=new)
-        with entered(self.work, self.session) as at:
+        with entered(self.work, self.session, leaf) as at:
             parts = {"table": at.table, "text": raw(plan.text_sql), "new": at.columns[plan.new.number]}
             if plan.old.number in self.numbers:
                 count = self.session.execute(block("phases/backfill", "fill", old=at.columns[plan.old.number], **parts))
@@ -604,11 +639,11 @@ def refresh(work: Work) -> int:
     """
     plan, renewed = work.plan, 0
     embedder = work.models[plan.old.number]()
-    blocks = int(work.control.value(block("phases/backfill", "blocks"), table=plan.table_oid))
+    windows = [(leaf, lo) for leaf in work.leaves() for lo in range(0, _blocks(work.control, leaf), _WINDOW_BLOCKS[0])]
     with writer(work) as session:
-        for lo in range(0, blocks, _WINDOW_BLOCKS[0]):
+        for done, (leaf, lo) in enumerate(windows, 1):
             work.check_stop()
-            statement = block("phases/backfill", "read_vectors", **_parts(work, plan.old))
+            statement = block("phases/backfill", "read_vectors", **_parts(work, plan.old, leaf=leaf))
             read = work.control.rows(statement, lo=f"({lo},0)", hi=f"({lo + _WINDOW_BLOCKS[0]},0)")
             if not read:
                 continue
@@ -619,9 +654,9 @@ def refresh(work: Work) -> int:
             cosines = (stored * fresh).sum(axis=1) / np.where(norms > 0, norms, 1)
             stale = np.flatnonzero(cosines < plan.verify_threshold)
             stage_rows(session, plan, rows, stale, old=fresh)
-            with entered(work, session) as at:
+            with suppress(Detached), entered(work, session, leaf) as at:
                 column = at.columns[plan.old.number]
                 statement = block("phases/backfill", "renew", table=at.table, column=column, text=raw(plan.text_sql))
                 renewed += session.execute(statement)
-            work.observe(Progress("refresh", min(lo + _WINDOW_BLOCKS[0], blocks), blocks, "blocks"))
+            work.observe(Progress("refresh", done, len(windows), "windows"))
     return renewed

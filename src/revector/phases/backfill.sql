@@ -14,14 +14,14 @@ TRUNCATE pg_temp.staged;
 COPY pg_temp.staged (tid, hash, place, a, b) FROM STDIN (FORMAT binary);
 
 -- name: blocks
--- Size of the table in blocks.
+-- Size of a leaf in blocks.
 -- lock: ACCESS SHARE
 SELECT pg_relation_size(%(table)s::oid) / current_setting('block_size')::int AS blocks;
 
 -- name: pending_count
 -- How many rows have a text but no vector in this generation (a full scan before the pending index exists).
 -- lock: ACCESS SHARE
-SELECT count(*) FROM ONLY {table} AS t WHERE t.{column} IS NULL AND ({text}) IS NOT NULL;
+SELECT count(*) FROM {table} AS t WHERE t.{column} IS NULL AND ({text}) IS NOT NULL;
 
 -- name: read_window
 -- The window's rows that have a text and no vector.
@@ -36,9 +36,13 @@ SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::t
 LOCK TABLE ONLY {table} IN ROW EXCLUSIVE MODE;
 
 -- name: resolve
--- The present names of both generations' columns, by attribute number, and whether the migration still wants us.
+-- The present names of both generations' columns, by attribute number, whether the migration still wants us, and the leaf is its.
 -- lock: none
-SELECT m.stage, m.closing, pg_stat_get_xact_tuples_hot_updated(m.table_oid) AS hot,
+WITH RECURSIVE above AS (
+  SELECT %(relation)s::oid AS oid
+  UNION ALL SELECT i.inhparent FROM above a JOIN pg_inherits i ON i.inhrelid = a.oid AND NOT i.inhdetachpending)
+SELECT m.stage, m.closing, pg_stat_get_xact_tuples_hot_updated(%(relation)s::oid) AS hot,
+       m.table_oid IN (SELECT oid FROM above) AS attached,
        (SELECT a.attname FROM pg_attribute a JOIN revector.generations g ON g.attnum = a.attnum AND g.table_oid = a.attrelid
          WHERE a.attrelid = m.table_oid AND g.number = %(old)s AND NOT a.attisdropped) AS old_column,
        (SELECT a.attname FROM pg_attribute a JOIN revector.generations g ON g.attnum = a.attnum AND g.table_oid = a.attrelid
@@ -107,7 +111,7 @@ UPDATE ONLY {table} AS t SET {new} = l.b FROM locked l WHERE t.ctid = l.tid;
 -- How many rows are pending and not refused, counted through the pending index and no further than the limit.
 -- lock: ACCESS SHARE
 SELECT count(*) FROM (
-  SELECT FROM ONLY {table} AS t WHERE t.{column} IS NULL AND ({text}) IS NOT NULL
+  SELECT FROM {table} AS t WHERE t.{column} IS NULL AND ({text}) IS NOT NULL
      AND NOT EXISTS (SELECT FROM revector.failures f WHERE f.migration = %(migration)s AND f.generation = %(generation)s
                       AND f.text_hash = hashtextextended(({text})::text COLLATE "C", 0)) LIMIT %(limit)s) AS pending;
 

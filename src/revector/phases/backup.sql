@@ -2,7 +2,7 @@
 -- The copy's table: the key's columns, a checksum of the text, the old vector.
 -- lock: ACCESS SHARE
 CREATE TABLE {backup} AS
-SELECT {key}, md5(({text})::text) AS text_checksum, t.{column} AS {column} FROM ONLY {table} AS t WHERE false;
+SELECT {key}, md5(({text})::text) AS text_checksum, t.{column} AS {column} FROM {table} AS t WHERE false;
 
 -- name: own
 -- The copy says what it is.
@@ -12,14 +12,14 @@ COMMENT ON TABLE {backup} IS {comment};
 -- name: copy
 -- Copy key, text checksum and old vector of every row, from one snapshot.
 -- lock: ACCESS SHARE
-INSERT INTO {backup} SELECT {key}, md5(({text})::text), t.{column} FROM ONLY {table} AS t;
+INSERT INTO {backup} SELECT {key}, md5(({text})::text), t.{column} FROM {table} AS t;
 
 -- name: checksum
 -- Count and an order-independent checksum of keys, texts and vectors.
 -- lock: ACCESS SHARE
 SELECT count(*) AS rows,
        coalesce(sum(hashtextextended(ROW({key}, md5(({text})::text), t.{column})::text, 0)::numeric), 0)::text AS checksum
-  FROM ONLY {table} AS t;
+  FROM {table} AS t;
 
 -- name: backup_checksum
 -- The same of the copy.

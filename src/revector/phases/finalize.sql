@@ -31,7 +31,7 @@ SELECT convalidated AS valid FROM pg_constraint WHERE conrelid = %(table)s::oid 
 -- name: without_vector
 -- Rows that NOT NULL would refuse and that nobody will fill: without a text, or refused by the model.
 -- lock: ACCESS SHARE
-SELECT count(*) AS rows FROM ONLY {table} AS t
+SELECT count(*) AS rows FROM {table} AS t
  WHERE t.{column} IS NULL AND (({text}) IS NULL OR EXISTS (
        SELECT FROM revector.failures f WHERE f.migration = %(migration)s AND f.generation = %(generation)s
           AND f.text_hash = hashtextextended(({text})::text COLLATE "C", 0)));

@@ -75,18 +75,18 @@ def _parts(work: Work, generation: Generation) -> dict[str, sql.Composable]:
     }
 
 
-def _pending(work: Work, generation: Generation) -> set[tuple[str, int]]:
+def _pending(work: Work, generation: Generation) -> set[tuple[int, str, int]]:
     rows = work.control.rows(
         block("phases/verify", "pending", **_parts(work, generation)),
         migration=work.ledger.migration,
         generation=generation.number,
     )
-    return {(row.tid, row.hash) for row in rows}
+    return {(row.tableoid, row.tid, row.hash) for row in rows}
 
 
 def _totals(work: Work, generation: Generation) -> list[Check]:
     first = _pending(work, generation)
-    stuck: set[tuple[str, int]] = set()
+    stuck: set[tuple[int, str, int]] = set()
     if first:
         seen = time.monotonic()
         while time.monotonic() - seen < LOOK_AGAIN:
@@ -113,7 +113,8 @@ def _totals(work: Work, generation: Generation) -> list[Check]:
 
 def _sample(work: Work, generation: Generation) -> Sequence[Any]:
     rows = work.control.value(
-        "SELECT greatest(reltuples, 0) FROM pg_class WHERE oid = %(t)s::oid", t=work.plan.table_oid
+        "SELECT coalesce(sum(greatest(reltuples, 0)), 0) FROM pg_class WHERE oid = ANY (%(t)s::oid[])",
+        t=[leaf.oid for leaf in work.leaves()],
     )
     large = rows > 50_000
     percent = min(100.0, 300.0 * _SAMPLE / rows) if rows else 100.0
@@ -239,16 +240,17 @@ def _windowed(work: Work, generation: Generation) -> Check:
     window = embedder.max_tokens()
     if window is None:
         return Check("length", "the model has no window", True)
-    blocks = int(work.control.value(block("phases/verify", "blocks"), table=work.plan.table_oid))
     longer = 0
-    for lo in range(0, blocks, _BLOCKS):
-        work.check_stop()
-        rows = work.control.rows(
-            block("phases/verify", "long_texts", table=work.table, text=raw(work.plan.text_sql)),
-            lo=f"({lo},0)",
-            hi=f"({lo + _BLOCKS},0)",
-            window=window,
-        )
-        longer += int((embedder.count_tokens([r.text for r in rows]) > window).sum()) if rows else 0
-        work.observe(Progress("verify: lengths", min(lo + _BLOCKS, blocks), blocks, "blocks"))
+    for leaf in work.leaves():
+        blocks = int(work.control.value(block("phases/verify", "blocks"), table=leaf.oid))
+        for lo in range(0, blocks, _BLOCKS):
+            work.check_stop()
+            rows = work.control.rows(
+                block("phases/verify", "long_texts", table=leaf.identifier, text=raw(work.plan.text_sql)),
+                lo=f"({lo},0)",
+                hi=f"({lo + _BLOCKS},0)",
+                window=window,
+            )
+            longer += int((embedder.count_tokens([r.text for r in rows]) > window).sum()) if rows else 0
+            work.observe(Progress("verify: lengths", min(lo + _BLOCKS, blocks), blocks, "blocks"))
     return Check("length", f"{longer:,} texts are longer than the model's window of {window} tokens", True)

@@ -4,13 +4,13 @@
 SELECT count(*) AS rows, count(t.{column}) AS vectors,
        count(*) FILTER (WHERE t.{column} IS NULL AND ({text}) IS NOT NULL) AS pending,
        count(*) FILTER (WHERE {schema}.{norm}(t.{column}) = 0) AS zero
-  FROM ONLY {table} AS t;
+  FROM {table} AS t;
 
 -- name: sample
 -- A random sample of rows that have both a text and a vector.
 -- lock: ACCESS SHARE
 SELECT t.ctid::text AS tid, ({text})::text AS text, t.{column}::real[] AS vector
-  FROM ONLY {table} AS t TABLESAMPLE {method} (%(percent)s) REPEATABLE (%(seed)s)
+  FROM {table} AS t TABLESAMPLE {method} (%(percent)s) REPEATABLE (%(seed)s)
  WHERE ({text}) IS NOT NULL AND t.{column} IS NOT NULL ORDER BY random() LIMIT %(limit)s;
 
 -- name: explain
@@ -27,7 +27,7 @@ SELECT t.{column} OPERATOR({schema}.{operator}) %(vector)s::{type} AS distance F
 -- name: pending
 -- Pending rows that the model has not refused, so that two looks can be compared.
 -- lock: ACCESS SHARE
-SELECT t.ctid::text AS tid, hashtextextended(({text})::text COLLATE "C", 0) AS hash FROM ONLY {table} AS t
+SELECT t.tableoid, t.ctid::text AS tid, hashtextextended(({text})::text COLLATE "C", 0) AS hash FROM {table} AS t
  WHERE t.{column} IS NULL AND ({text}) IS NOT NULL
    AND NOT EXISTS (SELECT FROM revector.failures f WHERE f.migration = %(migration)s AND f.generation = %(generation)s
                     AND f.text_hash = hashtextextended(({text})::text COLLATE "C", 0));
