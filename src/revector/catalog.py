@@ -89,7 +89,20 @@ class Index:
     def covers_only(self, column: Column) -> bool:
         """Whether this is a vector index of that column and of nothing else."""
         mentions = self.predicate is not None and re.search(rf"\b{re.escape(column.name)}\b", self.predicate)
-        return self.method in ("hnsw", "ivfflat") and self.keys == (column.number,) and not mentions
+        if self.method not in ("hnsw", "ivfflat") or mentions:
+            return False
+        return self.keys == (column.number,) or (column.dimension is None and self.cast(column) is not None)
+
+    def cast(self, column: Column) -> tuple[str, int] | None:
+        """The type, its dimension left out, and the dimension that the index casts the column to; None: it does not.
+
+        A column without a declared dimension cannot be indexed otherwise (pgvector's README).
+        """
+        name = re.escape(sql.Identifier(column.name).as_string(None))
+        bare = re.escape(column.name)
+        cast = rf"\(?\(?(?:{name}|{bare})\)?::((?:[^()]+\.)?(?:vector|halfvec))\((\d+)\)\)?"
+        found = re.fullmatch(cast, self.expression or "")
+        return (found[1], int(found[2])) if found and self.keys == (0,) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +137,24 @@ class Dependent:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """The text expression: as the user wrote it and as PostgreSQL stores it."""
+    """An expression over one row, the text or the filter: as the user wrote it and as PostgreSQL stores it."""
 
     given: str
     #: Deparsed by the server, names qualified, generated columns replaced by what generates them.
     canonical: str
     #: (name, type) of the columns that it reads.
     columns: tuple[tuple[str, str], ...]
+
+    def within(self, where: Text | None) -> Text:
+        """The same text, NULL for rows outside the filter: what has no text is never pending."""
+        if where is None:
+            return self
+        columns = dict(self.columns) | dict(where.columns)
+        return Text(
+            self.given,
+            f"CASE WHEN ({where.canonical}) THEN ({self.canonical})::text END",
+            tuple(columns.items()),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +305,36 @@ def read_text(session: Session, table: Table, given: str) -> Text:
     Refused by name: several statements, sub-queries, aggregates, set-returning and window functions, functions that
     are not IMMUTABLE, and results that are not text. Nothing is changed: what is created is rolled back.
     """
+    text, type_name = _read_expression(session, table, given, "--text")
+    if type_name not in ("text", "character varying", "character"):
+        raise ExpressionRefused(
+            f"--text {given!r} gives {type_name}, not text", why="A model reads text.", hint=f"--text '({given})::text'"
+        )
+    if not text.columns:
+        raise ExpressionRefused(
+            f"--text {given!r} reads no column of {table.name}", why="Every row would have the same text."
+        )
+    return text
+
+
+def read_filter(session: Session, table: Table, given: str) -> Text:
+    """The same for the condition that rows are chosen by; its result must be boolean."""
+    where, type_name = _read_expression(session, table, given, "--where")
+    if type_name != "boolean":
+        raise ExpressionRefused(
+            f"--where {given!r} gives {type_name}, not boolean",
+            why="It says of each row whether it belongs to the migration.",
+            hint="write a condition, such as --where \"tenant = 'a'\"",
+        )
+    if not where.columns:
+        raise ExpressionRefused(
+            f"--where {given!r} reads no column of {table.name}", why="Every row would be in it, or none."
+        )
+    return where
+
+
+def _read_expression(session: Session, table: Table, given: str, option: str) -> tuple[Text, str]:
+    """The expression as the server stores it, and the name of its type."""
     generated = {r.name: r.expression for r in session.rows(block("catalog", "generated"), table=table.oid)}
     columns = sql.SQL(", ").join(
         sql.SQL("({}) AS {}").format(raw(generated[c.name]), sql.Identifier(c.name))
@@ -289,27 +343,27 @@ def read_text(session: Session, table: Table, given: str) -> Text:
         for c in table.columns
     )
     if ";" in re.sub(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"", "", given):
-        raise ExpressionRefused(f"--text {given!r} contains ';'", why="It must be one SQL expression over one row.")
+        raise ExpressionRefused(f"{option} {given!r} contains ';'", why="It must be one SQL expression over one row.")
     parts = {"text": raw(given), "table": table.identifier, "alias": sql.Identifier(table.name)}
     try:
         with _as_user(session):
             explained = session.alone(block("catalog", "flatten", columns=columns, **parts))
     except pg.UndefinedColumn as error:
         raise ExpressionRefused(
-            f"--text: {error.diag.message_primary}",
+            f"{option}: {error.diag.message_primary}",
             why=f"Columns of {table.name}: {', '.join(c.name for c in table.columns)}.",
-            hint="give the column or expression that holds the text: --text COLUMN",
+            hint="give the column or expression that holds the text: --text COLUMN" if option == "--text" else "",
         ) from None
     except (pg.ProgrammingError, pg.DataError, pg.NotSupportedError) as error:
         raise ExpressionRefused(
-            f"--text {given!r} is not an expression over one row: {error.diag.message_primary}",
+            f"{option} {given!r} is not an expression over one row: {error.diag.message_primary}",
             why="It must be one SQL expression such as content, or title || E'\\n' || body.",
         ) from None
     plan = explained[0]["Plan"]
     if plan["Node Type"] != "Seq Scan" or "Plans" in plan or len(plan["Output"]) != 1:
         raise ExpressionRefused(
-            f"--text {given!r} uses {_what_it_uses(plan)}",
-            why="The text must be computed from one row alone, so that a trigger can tell when it changed.",
+            f"{option} {given!r} uses {_what_it_uses(plan)}",
+            why="It must be computed from one row alone, so that a trigger can tell when it changed.",
         )
     flat = plan["Output"][0]
     type_name = ""
@@ -323,7 +377,7 @@ def read_text(session: Session, table: Table, given: str) -> Text:
             names = sorted({n.rsplit(".", 1)[-1].strip('"') for n in re.findall(r"([\w.\"]+)\(", flat)})
             guilty = [r.name for r in session.rows(block("catalog", "not_immutable"), names=names)]
             raise ExpressionRefused(
-                f"--text {given!r} cannot be indexed: {', '.join(f'{n}()' for n in guilty) or error.diag.message_primary}"
+                f"{option} {given!r} cannot be indexed: {', '.join(f'{n}()' for n in guilty) or error.diag.message_primary}"
                 + (" is not IMMUTABLE" if guilty else ""),
                 why="The index that finds pending rows needs an IMMUTABLE expression."
                 + (" Use a || ' ' || b with coalesce(b, '') in place of concat_ws." if "concat_ws" in guilty else ""),
@@ -335,16 +389,8 @@ def read_text(session: Session, table: Table, given: str) -> Text:
             "SELECT format_type(atttypid, NULL) FROM pg_attribute WHERE attrelid = 'pg_temp.rv_scratch'::regclass AND attnum = 1"
         )
         session.execute("DROP TABLE pg_temp.r")
-    if type_name not in ("text", "character varying", "character"):
-        raise ExpressionRefused(
-            f"--text {given!r} gives {type_name}, not text", why="A model reads text.", hint=f"--text '({given})::text'"
-        )
-    if not stored.columns:
-        raise ExpressionRefused(
-            f"--text {given!r} reads no column of {table.name}", why="Every row would have the same text."
-        )
     types = {c.name: c.type for c in table.columns}
-    return Text(given, stored.text or "", tuple((name, types[name]) for name in stored.columns))
+    return Text(given, stored.text or "", tuple((name, types[name]) for name in stored.columns)), type_name
 
 
 def _what_it_uses(plan: dict[str, object]) -> str:

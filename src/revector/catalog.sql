@@ -183,20 +183,28 @@ SELECT p.oid FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
  WHERE n.nspname = 'revector' AND p.proname = %(name)s;
 
 -- name: texts
--- One pass over the table: how many rows, texts and vectors of each kind there are.
+-- One pass over the table: how many rows, texts and vectors of each kind there are, inside the filter and outside.
 -- lock: ACCESS SHARE
-SELECT count(*) AS rows,
-       count(*) FILTER (WHERE x.text IS NULL) AS null_texts,
-       count(*) FILTER (WHERE btrim(x.text, E' \t\n\r\f\v') = '') AS blank_texts,
-       count(*) FILTER (WHERE x.vector IS NULL) AS null_vectors,
-       count(*) FILTER (WHERE x.vector IS NULL AND x.text IS NOT NULL) AS texts_without_vector,
-       coalesce(sum(octet_length(x.text)), 0)::bigint AS text_bytes
-  FROM (SELECT ({text})::text AS text, {column} AS vector FROM {table}) AS x;
+SELECT count(*) FILTER (WHERE x.inside) AS rows,
+       count(*) FILTER (WHERE x.inside AND x.text IS NULL) AS null_texts,
+       count(*) FILTER (WHERE x.inside AND btrim(x.text, E' \t\n\r\f\v') = '') AS blank_texts,
+       count(*) FILTER (WHERE x.inside AND x.vector IS NULL) AS null_vectors,
+       count(*) FILTER (WHERE x.inside AND x.vector IS NULL AND x.text IS NOT NULL) AS texts_without_vector,
+       coalesce(sum(octet_length(x.text)), 0)::bigint AS text_bytes,
+       count(*) FILTER (WHERE NOT x.inside) AS outside,
+       count(*) FILTER (WHERE NOT x.inside AND x.vector IS NOT NULL) AS outside_vectors
+  FROM (SELECT ({text})::text AS text, {column} AS vector, ({inside}) IS TRUE AS inside FROM {table}) AS x;
+
+-- name: sides
+-- How many rows of an index are inside the filter, and how many outside.
+-- lock: ACCESS SHARE
+SELECT count(*) FILTER (WHERE ({inside}) IS TRUE) AS inside, count(*) FILTER (WHERE ({inside}) IS NOT TRUE) AS outside
+  FROM {table} WHERE ({predicate}) AND {column} IS NOT NULL;
 
 -- name: null_parts
 -- How many rows have no text because of each column that it is made of.
 -- lock: ACCESS SHARE
-SELECT count(*) AS rows FROM {table} WHERE ({text}) IS NULL AND {column} IS NULL;
+SELECT count(*) AS rows FROM {table} WHERE ({inside}) AND ({text}) IS NULL AND {column} IS NULL;
 
 -- name: sample
 -- A random sample of rows that have a text, with the vector of one column.

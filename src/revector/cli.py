@@ -174,6 +174,16 @@ TextOption = Annotated[
         help="What is embedded: SQL over one row. Default: content.",
     ),
 ]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        "--where",
+        metavar="EXPR",
+        show_default=False,
+        rich_help_panel=MODELS,
+        help="Only these rows: an SQL condition over one row. Default: all.",
+    ),
+]
 Vector = Annotated[
     str | None,
     typer.Option(
@@ -456,6 +466,7 @@ def plan(
     from_: From = None,
     to: To = None,
     text: TextOption = None,
+    where: Where = None,
     vector: Vector = None,
     key: Key = None,
     batch_size: BatchSize = None,
@@ -481,6 +492,7 @@ def plan(
         from_,
         to,
         text,
+        where,
         vector,
         key,
         batch_size,
@@ -501,6 +513,7 @@ def run(
     from_: From = None,
     to: To = None,
     text: TextOption = None,
+    where: Where = None,
     vector: Vector = None,
     key: Key = None,
     batch_size: BatchSize = None,
@@ -534,6 +547,7 @@ def run(
         from_,
         to,
         text,
+        where,
         vector,
         key,
         batch_size,
@@ -764,6 +778,12 @@ def search(
             "--model", metavar="MODEL", show_default=False, help="The model, on a table that revector does not know."
         ),
     ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            "--where", metavar="EXPR", show_default=False, help="Only these rows, where each filter has its own model."
+        ),
+    ] = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -777,7 +797,10 @@ def search(
     from revector.search import Searcher
 
     settings = _settings()
-    with _terminal(verbose) as terminal, Searcher(Database(settings), settings, table, model=model) as searcher:
+    with (
+        _terminal(verbose) as terminal,
+        Searcher(Database(settings), settings, table, model=model, where=where) as searcher,
+    ):
         found = searcher.search(text, k)
         terminal.say(_json(report.hits_json(table, found)) if as_json else report.hits(found))
 
@@ -976,6 +999,7 @@ def _request(
     from_: str | None,
     to: str | None,
     text: str | None,
+    where: str | None,
     vector: str | None,
     key: str | None,
     batch_size: int | None,
@@ -1006,6 +1030,7 @@ def _request(
         to=to,
         from_=from_,
         text=text,
+        where=where,
         vector=vector,
         key=key,
         batch_size=batch_size,

@@ -85,6 +85,8 @@ class LiveGeneration:
     text: str
     model: Identity
     column: str
+    #: The condition of the rows that it is of; None: all of them.
+    filter: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,12 +191,16 @@ class Ledger:
         self.session.execute(block("ledger", name), **params)
 
     def live(self, column: str | None = None) -> LiveGeneration | None:
-        """The live generation (of that vector column, or of the only one)."""
-        rows = self._rows("live", table=self.table, column=column)
-        if not rows or (column is None and len({r.attnum for r in rows}) > 1):
-            return None
-        row = rows[0]
-        return LiveGeneration(row.number, row.attnum, row.text_given, Identity.from_json(row.model), row.column_name)
+        """The live generation (of that vector column), if there is exactly one."""
+        found = self.lives(column)
+        return found[0] if len(found) == 1 else None
+
+    def lives(self, column: str | None = None) -> list[LiveGeneration]:
+        """Every live generation (of that vector column); several, where each is of its own rows or column."""
+        return [
+            LiveGeneration(r.number, r.attnum, r.text_given, Identity.from_json(r.model), r.column_name, r.filter)
+            for r in self._rows("live", table=self.table, column=column)
+        ]
 
     def latest(self) -> MigrationRow | None:
         """The open migration, else the last closed one."""
@@ -214,7 +220,13 @@ class Ledger:
         rows = self._rows("attnum", table=self.table, number=number)
         return rows[0].attnum if rows else None
 
-    def register(self, number: int, attnum: int | None, text: str, model: Identity, *, live: bool) -> None:
+    def registered(self) -> bool:
+        """Whether the table has, or had, any generation."""
+        return self.next_number() > 2 or bool(self.lives())
+
+    def register(
+        self, number: int, attnum: int | None, text: str, model: Identity, *, live: bool, where: str | None = None
+    ) -> None:
         """Remember a generation."""
         self._run(
             "register",
@@ -224,6 +236,7 @@ class Ledger:
             text=text,
             model=Jsonb(model.to_json()),
             live=live,
+            filter=where,
         )
 
     def want_index(self, number: int, index: TargetIndex | None) -> None:
@@ -246,7 +259,7 @@ class Ledger:
                 table=self.table,
                 name=plan.column,
             )
-            self.register(plan.old.number, attnum, plan.text, plan.old.model, live=True)
+            self.register(plan.old.number, attnum, plan.text, plan.old.model, live=True, where=plan.filter)
             self.migration = self._rows(
                 "open",
                 table=self.table,
@@ -378,15 +391,16 @@ class Ledger:
     def expand_sql(self, plan: Plan) -> list[sql.Composable]:
         """The candidate and the objects that expand made, as statements for the same message."""
         table, migration = sql.Literal(plan.table_oid), sql.Literal(self.migration)
-        functions = sql.Literal([plan.function, plan.text_function])
+        functions = sql.Literal(list(plan.functions))
         return [
             sql.SQL(
-                "INSERT INTO revector.generations (table_oid, number, attnum, text_given, model, live)"
-                " SELECT attrelid, {}, attnum, {}, {}, false FROM pg_attribute WHERE attrelid = {}::oid AND attname = {}"
+                "INSERT INTO revector.generations (table_oid, number, attnum, text_given, model, live, filter)"
+                " SELECT attrelid, {}, attnum, {}, {}, false, {} FROM pg_attribute WHERE attrelid = {}::oid AND attname = {}"
             ).format(
                 sql.Literal(plan.new.number),
                 sql.Literal(plan.text),
                 sql.Literal(Jsonb(plan.new.model.to_json())),
+                sql.Literal(plan.filter),
                 table,
                 sql.Literal(plan.new.column),
             ),

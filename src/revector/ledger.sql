@@ -51,6 +51,9 @@ ALTER TABLE revector.windows ADD COLUMN relation oid;
 UPDATE revector.windows w SET relation = m.table_oid FROM revector.migrations m WHERE m.id = w.migration;
 DELETE FROM revector.windows WHERE relation IS NULL;
 ALTER TABLE revector.windows DROP CONSTRAINT windows_pkey, ADD PRIMARY KEY (migration, sweep, relation, lo);
+ALTER TABLE revector.generations ADD COLUMN filter text;
+DROP INDEX revector.one_live_generation;
+CREATE UNIQUE INDEX one_live_generation ON revector.generations (table_oid, attnum, coalesce(filter, '')) WHERE live;
 
 -- name: set_version
 -- Record an upgrade of the ledger.
@@ -58,9 +61,9 @@ ALTER TABLE revector.windows DROP CONSTRAINT windows_pkey, ADD PRIMARY KEY (migr
 UPDATE revector.ledger SET version = %(version)s, updated = now();
 
 -- name: live
--- The live generation of a table's vector column.
+-- The live generations of a table's vector column: one, or one a filter.
 -- lock: none
-SELECT g.number, g.attnum, g.text_given, g.model, a.attname AS column_name
+SELECT g.number, g.attnum, g.text_given, g.model, a.attname AS column_name, g.filter
   FROM revector.generations g
   JOIN pg_attribute a ON a.attrelid = g.table_oid AND a.attnum = g.attnum AND NOT a.attisdropped
  WHERE g.table_oid = %(table)s::oid AND g.live AND (%(column)s::text IS NULL OR a.attname = %(column)s)
@@ -79,9 +82,9 @@ SELECT coalesce(max(number), 1) + 1 AS number FROM revector.generations WHERE ta
 -- name: register
 -- Remember a generation.
 -- lock: none
-INSERT INTO revector.generations (table_oid, number, attnum, text_given, model, live)
-VALUES (%(table)s::oid, %(number)s, %(attnum)s, %(text)s, %(model)s, %(live)s)
-ON CONFLICT (table_oid, number) DO UPDATE SET attnum = excluded.attnum, text_given = excluded.text_given, model = excluded.model, live = excluded.live;
+INSERT INTO revector.generations (table_oid, number, attnum, text_given, model, live, filter)
+VALUES (%(table)s::oid, %(number)s, %(attnum)s, %(text)s, %(model)s, %(live)s, %(filter)s)
+ON CONFLICT (table_oid, number) DO UPDATE SET attnum = excluded.attnum, text_given = excluded.text_given, model = excluded.model, live = excluded.live, filter = excluded.filter;
 
 -- name: want_index
 -- Remember an index that cannot be built yet (IVFFlat needs rows), or forget it once it is there.

@@ -434,6 +434,7 @@ class Migration:
                 with work.step(f"{command}.catch_up") as told:
                     left = work.catch_up(both)
                     told |= {"left": dict(left), "without_follower": without_follower}
+                self._check_outside(work, back=back)
                 if any(left.values()):
                     self.observe(
                         Note(f"{max(left.values())} rows were written since, or are locked; the follower fills them")
@@ -458,6 +459,7 @@ class Migration:
                 if guarded:
                     with work.step(f"{command}.catch_up") as told:
                         told["left"] = dict(work.catch_up([keep.number]))
+                    self._check_outside(work, back=command == "abort")
                 outcome = finalize.run(
                     work,
                     "finalize" if command == "finalize" else "abort",
@@ -491,6 +493,24 @@ class Migration:
                 hint=f"correct those texts, then: revector follow {self.argument} --once\n"
                 f"or accept them: revector {command} {self.argument} --allow-failed {len(refused)}",
             )
+
+    def _check_outside(self, work: Work, *, back: bool) -> None:
+        """Refuse to go forward where rows outside the filter would lose their vectors; going back says so."""
+        outgoing, incoming = (work.plan.new, work.plan.old) if back else (work.plan.old, work.plan.new)
+        lost = work.outside_lost(outgoing, incoming)
+        if not lost:
+            return
+        told = f"{lost:,} rows outside --where {work.plan.filter} have a vector of {outgoing.model.model} alone"
+        if back:
+            self.observe(Note(f"{told}: they will not be found any more"))
+            return
+        raise Refused(
+            f"{self.name}: {told}",
+            why="They would vanish from search. Nothing was changed.",
+            hint="set their vectors to NULL, or bring them inside, then give the same command again"
+            if work.plan.declared
+            else "they are locked by others: give the same command again",
+        )
 
     @contextmanager
     def _catching_up(self, work: Work, number: int | None) -> Iterator[None]:
@@ -675,7 +695,9 @@ class Migration:
             ))  # fmt: skip
 
         failures = self.ledger.failures(plan.new.number).values()
-        blank = self.control.value(block("migration", "blank", table=work.table, text=raw(plan.text_sql)))
+        blank = self.control.value(
+            block("migration", "blank", table=work.table, text=raw(plan.text_sql), inside=raw(plan.inside))
+        )
         live = Side(
             work.column(answering) or plan.column,
             answering.model.model,
@@ -732,6 +754,7 @@ def _as_planned(row: MigrationRow, request: Request, name: str) -> Request:
         to=plan.new.model.model,
         from_=plan.old.model.model,
         text=plan.text,
+        where=plan.filter,
         vector=plan.column,
         batch_size=request.batch_size or row.batch_size,
         backup=bool(plan.backup),

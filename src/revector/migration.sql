@@ -1,7 +1,7 @@
 -- name: blank
 -- Rows whose text is NULL or blank.
 -- lock: ACCESS SHARE
-SELECT count(*) FROM {table} AS t WHERE ({text}) IS NULL OR btrim(({text})::text, E' \t\n\r\f\v') = '';
+SELECT count(*) FROM {table} AS t WHERE ({inside}) AND (({text}) IS NULL OR btrim(({text})::text, E' \t\n\r\f\v') = '');
 
 -- name: backup_state
 -- Size of the backup table, and seconds since it was verified.

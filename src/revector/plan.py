@@ -41,6 +41,8 @@ class Request:
     to: str | None = None
     from_: str | None = None
     text: str | None = None
+    #: Only these rows are migrated: a condition over one row.
+    where: str | None = None
     vector: str | None = None
     key: str | None = None
     batch_size: int | None = None
@@ -65,7 +67,19 @@ class TargetIndex:
     #: The name it has while its generation is live.
     live_name: str
     predicate: str | None = None
+    #: What is indexed in place of the bare column, which stands in it as `{column}`.
     expression: str | None = None
+    #: Whether it serves rows outside the filter, whose vectors stay what they are.
+    outside: bool = False
+
+    def key(self, column: str) -> str:
+        """What is indexed and searched by, as SQL; `column`: the quoted name."""
+        return f"({self.expression.replace('{column}', column)})" if self.expression else column
+
+    @property
+    def key_type(self) -> str | None:
+        """The type that the column is cast to; None: it is indexed as it is."""
+        return self.expression.rpartition("::")[2] if self.expression else None
 
     def describe(self) -> str:
         """In words: `hnsw (m=16, ef_construction=64)`."""
@@ -104,7 +118,8 @@ class Plan:
     table: str
     #: Key columns; empty: none.
     key: tuple[str, ...]
-    #: The text expression as the user gave it and as PostgreSQL stores it, and the columns it reads with their types.
+    #: The text expression as the user gave it and as PostgreSQL stores it (NULL for rows outside the filter), and the
+    #: columns it reads with their types.
     text: str
     text_sql: str
     text_columns: tuple[tuple[str, str], ...]
@@ -126,7 +141,11 @@ class Plan:
     #: Name of the backup table; None: none wanted.
     backup: str | None
     consents: Consents
+    #: The condition that rows are chosen by, as the user gave it and as PostgreSQL stores it; None: every row.
     filter: str | None = None
+    filter_sql: str | None = None
+    #: Whether the column's type declares a dimension.
+    declared: bool = True
     precision: str = "fp32"
     verify_threshold: float = VERIFY_THRESHOLD
     format: int = FORMAT
@@ -157,9 +176,34 @@ class Plan:
         """The old or the new generation, by its number."""
         return self.old if number == self.old.number else self.new
 
-    def column_sql_type(self, generation: Generation) -> str:
-        """The type of that generation's column, such as `public.vector(768)`."""
+    @property
+    def inside(self) -> str:
+        """The condition, as SQL, that a row belongs to the migration."""
+        return self.filter_sql or "true"
+
+    @property
+    def copies_outside(self) -> bool:
+        """Whether rows outside the filter keep one vector in both generations; one column type takes both models."""
+        return self.filter_sql is not None and not self.declared
+
+    @property
+    def filter_function(self) -> str:
+        """Name of the function that says whether a row is inside, in schema revector."""
+        return own_name(self.schema, self.table, self.new.number, "_where")
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Every function that expand makes, in schema revector."""
+        made = (self.function, self.text_function)
+        return (*made, self.filter_function) if self.copies_outside else made
+
+    def vector_sql_type(self, generation: Generation) -> str:
+        """The type of that generation's vectors, such as `public.vector(768)`."""
         return f'"{self.vector_schema}".{self.column_type}({generation.model.dimension})'
+
+    def column_sql_type(self, generation: Generation) -> str:
+        """The type of that generation's column: that of its vectors, without the dimension where none was declared."""
+        return self.vector_sql_type(generation) if self.declared else f'"{self.vector_schema}".{self.column_type}'
 
     def fingerprint(self) -> str:
         """Hash of what must not change while the migration is open."""
@@ -223,6 +267,9 @@ class Counts:
     text_bytes: int
     #: (column, rows whose text is NULL because this column is).
     null_parts: tuple[tuple[str, int], ...] = ()
+    #: Rows outside the filter, and those of them that have a vector; the figures above are of the rows inside.
+    outside: int = 0
+    outside_vectors: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +297,7 @@ class Facts:
 
     server: Server
     table: Table
+    #: NULL for rows outside the filter.
     text: Text
     column: Column
     old: Identity
@@ -265,6 +313,10 @@ class Facts:
     star_statements: tuple[str, ...]
     #: What using the new model would download.
     downloads: str | None
+    #: The condition that rows are chosen by; None: every row.
+    where: Text | None = None
+    #: (index, its rows inside the filter, its rows outside), for a column that holds both.
+    index_sides: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +403,9 @@ def _plan(request: Request, facts: Facts) -> Plan:
         function=named(facts.next_number),
         backup=cut_name(f"{table.name}_backup", f"_{facts.old.dimension}") if request.backup else None,
         consents=request.consents,
+        filter=facts.where.given if facts.where else None,
+        filter_sql=facts.where.canonical if facts.where else None,
+        declared=column.dimension is not None,
     )
 
 
@@ -381,12 +436,40 @@ def _target_indexes(request: Request, facts: Facts, live: list[Index]) -> tuple[
             method, parameters = choice, hnsw if choice == "hnsw" else ivfflat
         elif choice == "auto" and index.method == "ivfflat":
             method, parameters = "hnsw", hnsw
-        targets.append(TargetIndex(method, index.opclass, parameters, named(number), index.name, index.predicate))
+        targets.append(
+            _fitting(
+                TargetIndex(method, index.opclass, parameters, named(number), index.name, index.predicate), facts, index
+            )
+        )
     if not targets:
         method = "ivfflat" if choice == "ivfflat" else "hnsw"
         name = cut_name(f"{facts.table.name}_{facts.column.name}", "_idx")
-        targets.append(TargetIndex(method, default_opclass, hnsw if method == "hnsw" else ivfflat, named(1), name))
+        parameters = hnsw if method == "hnsw" else ivfflat
+        targets.append(_fitting(TargetIndex(method, default_opclass, parameters, named(1), name), facts, None))
     return tuple(targets)
+
+
+def _fitting(target: TargetIndex, facts: Facts, live: Index | None) -> TargetIndex:
+    """The index as the candidate can have it: a column without a dimension is indexed through a cast, by model."""
+    if facts.column.dimension is not None:
+        return target
+    own = f'"{facts.server.vector_schema or "public"}".{facts.column.type_name}'
+    kind, dimension = (live and live.cast(facts.column)) or (own, facts.old.dimension)
+    if live is not None and any(
+        name == live.name and not inside and outside for name, inside, outside in facts.index_sides
+    ):
+        kept = dict(live.parameters)
+        return replace(
+            target,
+            method=live.method,
+            parameters=tuple(kept.items()),
+            expression=f"({{column}})::{kind}({dimension})",
+            outside=True,
+        )
+    predicate = target.predicate
+    if facts.where is not None and predicate != facts.where.canonical:
+        predicate = f"{predicate} AND {facts.where.canonical}" if predicate else facts.where.canonical
+    return replace(target, expression=f"({{column}})::{kind}({facts.new.dimension})", predicate=predicate)
 
 
 def _findings(request: Request, facts: Facts, plan: Plan) -> list[Finding]:
@@ -399,6 +482,7 @@ def _findings(request: Request, facts: Facts, plan: Plan) -> list[Finding]:
             "vector column", f"{table.name}.{column.name}, {column.type}" + (", NOT NULL" if column.not_null else "")
         ),
         _dimension_finding(facts, plan),
+        *_filter_findings(facts, plan),
         _text_finding(table, facts.text, counts),
         _null_vector_finding(request, facts),
         _window_finding(measured, facts.new),
@@ -532,6 +616,40 @@ def _dimension_finding(facts: Facts, plan: Plan) -> Finding:
             "stop or upgrade writers of the bare table first; cutover asks for --bare-writers-stopped",
         )
     return Finding("dimensions", text)
+
+
+def _filter_findings(facts: Facts, plan: Plan) -> list[Finding]:
+    """What the filter takes, and what becomes of the rows that it leaves out."""
+    if facts.where is None:
+        return []
+    counts, column = facts.counts, facts.column
+    told = f"{facts.where.given}: {counts.rows:,} of {counts.rows + counts.outside:,} rows"
+    if not plan.copies_outside:
+        if counts.outside_vectors:
+            return [
+                Finding(
+                    "filter",
+                    f"{told}; {counts.outside_vectors:,} rows outside have a vector",
+                    False,
+                    f"{column.name} takes {column.dimension} dimensions only: after cutover those rows would have no"
+                    " vector under that name, and vanish from search.",
+                    "leave --where out, or give the other rows a table or a column of their own",
+                )
+            ]
+        return [Finding("filter", f"{told}; the others have no vector, and get none")]
+    found = [Finding("filter", f"{told}; the others keep their vector, in both generations")]
+    both = [name for name, inside, outside in facts.index_sides if inside and outside]
+    if both:
+        found.append(
+            Finding(
+                "filter",
+                f"index {', '.join(both)} serves rows inside and outside",
+                None,
+                "The new index holds the chosen rows only: after cutover searches among the others read every one of them.",
+                f"first give them an index of their own: CREATE INDEX CONCURRENTLY ... ON {facts.table.name} ... WHERE ...",
+            )
+        )
+    return found
 
 
 def _text_finding(table: Table, text: Text, counts: Counts) -> Finding:
@@ -734,7 +852,7 @@ def estimate(plan: Plan, facts: Facts) -> Estimate:
         element = vector + 72 + (2 * m * 6 + 20 if target.method == "hnsw" else 0)
         index += math.ceil(rows / max(1, 8152 // element)) * 8192
     scale = (rows / 1000) * max(1.0, math.log(max(rows, 2)) / math.log(1000))
-    tuple_bytes = facts.table.heap_bytes / max(facts.counts.rows, 1)
+    tuple_bytes = facts.table.heap_bytes / max(facts.counts.rows + facts.counts.outside, 1)
     per_page = max(1.0, 8168 / max(tuple_bytes, 1))
     added = vector if tuple_bytes + vector < 2032 else 20
     rate = facts.measured.rate
@@ -771,6 +889,7 @@ def differs(plan: Plan, request: Request) -> list[str]:
         ("--to", request.to, plan.new.model.model),
         ("--from", request.from_, plan.old.model.model),
         ("--text", request.text, plan.text),
+        ("--where", request.where, plan.filter),
         ("--vector", request.vector, plan.column),
         ("--key", request.key and tuple(request.key.split(",")), plan.key),
         ("--backup", request.backup or None, bool(plan.backup)),

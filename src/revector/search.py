@@ -19,11 +19,11 @@ from psycopg import errors as pg
 from psycopg import sql
 
 from revector import ledger as ledgers
-from revector.catalog import Column, Table, find_table, read_server, read_table, read_text
+from revector.catalog import Column, Table, find_table, read_filter, read_server, read_table, read_text
 from revector.db import Database, Session, block, raw, translated
 from revector.embed import Embedder, Identity, known_models, parse
 from revector.errors import DimensionMismatch, Refused, UsageError
-from revector.ledger import Ledger
+from revector.ledger import Ledger, LiveGeneration
 from revector.settings import Settings
 from revector.work import embedder_for as default_embedder
 
@@ -83,6 +83,8 @@ class _Target:
     statement: sql.Composable
     table: int
     column: str
+    #: The filter whose rows are searched; None: all.
+    filter: str | None
     dimension: int | None
     score: Callable[[float], float]
 
@@ -96,16 +98,20 @@ def search(
     k: int = 10,
     model: str | None = None,
     column: str | None = None,
+    where: str | None = None,
     embedder_for: Callable[[Identity], Embedder] | None = None,
 ) -> SearchResult:
     """Search once. An application that searches more than once keeps a `Searcher`."""
-    with Searcher(database, settings, table, model=model, column=column, embedder_for=embedder_for) as searcher:
+    with Searcher(
+        database, settings, table, model=model, column=column, where=where, embedder_for=embedder_for
+    ) as searcher:
         return searcher.search(text, k=k)
 
 
 class Searcher:
     """One connection and the loaded models of a table; for one thread at a time. Use it as a context manager.
 
+    `where` is needed where several filters have a model of their own, and searches that filter's rows alone.
     `model` is needed, and taken, only for a table that revector does not know. Row level security applies: it finds
     what the role may read. While a migration could switch, the other model is loaded in the background, so that
     the first search after the switch does not wait for it.
@@ -119,6 +125,7 @@ class Searcher:
         *,
         model: str | None = None,
         column: str | None = None,
+        where: str | None = None,
         embedder_for: Callable[[Identity], Embedder] | None = None,
     ) -> None:
         self.database = database
@@ -126,6 +133,7 @@ class Searcher:
         self.name = table
         self._given_model = model
         self._given_column = column
+        self._given_filter = where
         self._embedder_for = embedder_for or (lambda identity: default_embedder(identity, settings))
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="revector-model")
         #: (generation, name) -> the model, loaded or being loaded; generation None: the given one.
@@ -206,7 +214,7 @@ class Searcher:
         )
 
     def _nearest(self, target: _Target, vector: str, k: int) -> Sequence[Any]:
-        values = {"vector": vector, "k": k, "table": target.table, "column": target.column}
+        values = {"vector": vector, "k": k, "table": target.table, "column": target.column, "filter": target.filter}
         if k <= _DEFAULT_EF:
             return self._session.rows(target.statement, **values)
         with self._session.transaction():
@@ -296,21 +304,24 @@ class Searcher:
         ledgers.require(session)
         ledger = Ledger(session, table.oid) if ledgers.exists(session) else None
         column = self._column(table, ledger)
-        live = ledger.live(column.name) if ledger else None
+        live = self._live(ledger.lives(column.name)) if ledger else None
         text = self._text(table, ledger, live.text) if ledger and live else _guessed_text(table)
         opclass = next((i.opclass for i in table.indexes if i.valid and i.covers_only(column)), "vector_cosine_ops")
-        kind = opclass.rpartition(".")[2].strip('"').split("_")[1]
-        operator, score = _OPERATORS.get(kind, _OPERATORS["cosine"])
+        metric = opclass.rpartition(".")[2].strip('"').split("_")[1]
+        operator, score = _OPERATORS.get(metric, _OPERATORS["cosine"])
+        inside = live.filter if live else self._given_filter
+        key, kind = _key_of(table, column, live.model.dimension if live else None, server.vector_schema)
         parts = {
             "table": table.identifier,
             "column": sql.Identifier(column.name),
+            "inside": self._inside(table, ledger, inside),
             "distance": block(
                 "search",
                 "distance",
-                column=sql.Identifier(column.name),
+                key=key,
                 schema=sql.Identifier(server.vector_schema),
                 operator=raw(operator),
-                type=sql.Identifier(server.vector_schema, column.type_name),
+                type=kind,
             ),
             "id": _key(table),
             "title": raw("t.title::text") if any(c.name == "title" for c in table.columns) else raw("NULL::text"),
@@ -323,16 +334,35 @@ class Searcher:
             block("search", "nearest", **parts),
             table.oid,
             column.name,
+            inside,
             column.dimension,
             score,
+        )
+
+    def _live(self, known: Sequence[LiveGeneration]) -> LiveGeneration | None:
+        """The live generation of the filter that is searched; the only one, where none is named."""
+        for generation in known:
+            if len(known) == 1 and self._given_filter is None:
+                return generation
+            if generation.filter == self._given_filter:
+                return generation
+        if not known:
+            return None
+        filters = [g.filter for g in known if g.filter]
+        raise UsageError(
+            f"which rows of {self.name}? revector knows the models of: {'; '.join(filters) or 'the whole table'}",
+            why="Vectors of different models cannot be compared with one question.",
+            hint=f"{self._command} --where {shlex.quote(filters[0])}"
+            if filters
+            else f"leave --where out: {self._command}",
         )
 
     def _column(self, table: Table, ledger: Ledger | None) -> Column:
         """The vector column: the given one, the only live one, `embedding`, or the only one."""
         if self._given_column:
             return table.vector_column(self._given_column)
-        if ledger and (live := ledger.live()):
-            return table.vector_column(live.column)
+        if ledger and len(known := {g.column for g in ledger.lives()}) == 1:
+            return table.vector_column(known.pop())
         vectors = [c.name for c in table.columns if c.is_vector]
         if "embedding" in vectors or len(vectors) == 1:
             return table.column("embedding" if "embedding" in vectors else vectors[0])
@@ -353,6 +383,15 @@ class Searcher:
         if row is not None and row.plan.text == given:
             return raw(row.plan.text_sql)
         return raw(read_text(self._session, table, given).canonical)
+
+    def _inside(self, table: Table, ledger: Ledger | None, given: str | None) -> sql.Composable:
+        """The filter as the server wrote it down, which is also the predicate of the index that is made for it."""
+        if given is None:
+            return sql.SQL("true")
+        row = ledger.latest() if ledger else None
+        if row is not None and row.plan.filter == given:
+            return raw(row.plan.inside)
+        return raw(read_filter(self._session, table, given).canonical)
 
     def _check_given(self) -> None:
         """Hold a given model against what the ledger says, or against the column's dimension."""
@@ -384,6 +423,17 @@ class Searcher:
                 f" {', '.join(models) or 'none that is well known'}.",
                 hint=f"name the model that made them: {self._command} --model {models[0] if models else 'MODEL'}",
             )
+
+
+def _key_of(table: Table, column: Column, dimension: int | None, schema: str) -> tuple[sql.Composable, sql.Composable]:
+    """The column as its index has it, and its type: through a cast where the column declares no dimension."""
+    bare, own = sql.Identifier("t", column.name), sql.Identifier(schema, column.type_name)
+    if column.dimension is not None or dimension is None:
+        return bare, own
+    casts = (i.cast(column) for i in table.indexes if i.valid)
+    cast = next((c for c in casts if c and c[1] == dimension), None)
+    kind = raw(cast[0]) if cast else own
+    return sql.SQL("(({})::{}({}))").format(bare, kind, sql.Literal(dimension)), kind
 
 
 def _key(table: Table) -> sql.Composable:

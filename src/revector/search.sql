@@ -5,7 +5,7 @@ WITH live AS MATERIALIZED ({live}),
 hits AS MATERIALIZED (
   SELECT {id} AS id, {title} AS title, {text} AS text, {distance} AS distance
     FROM {table} AS t
-   WHERE t.{column} IS NOT NULL
+   WHERE t.{column} IS NOT NULL AND ({inside})
    ORDER BY {distance} LIMIT %(k)s)
 SELECT live.number, live.model, live.other, hits.id, hits.title, hits.text, hits.distance::float8 AS distance
   FROM (SELECT) AS one LEFT JOIN live ON true LEFT JOIN hits ON true
@@ -14,7 +14,7 @@ SELECT live.number, live.model, live.other, hits.id, hits.title, hits.text, hits
 -- name: distance
 -- How far a row is from the query; this very expression is what a vector index is found by.
 -- lock: none
-t.{column} OPERATOR({schema}.{operator}) %(vector)s::{type};
+{key} OPERATOR({schema}.{operator}) %(vector)s::{type};
 
 -- name: live
 -- The generation that answers now, and one that a switch could make the answering one.
@@ -26,7 +26,7 @@ SELECT g.number, g.model ->> 'model' AS model,
          ORDER BY o.number DESC LIMIT 1) AS other
   FROM revector.generations g
   JOIN pg_attribute a ON a.attrelid = g.table_oid AND a.attnum = g.attnum AND NOT a.attisdropped
- WHERE g.table_oid = %(table)s::oid AND g.live AND a.attname = %(column)s;
+ WHERE g.table_oid = %(table)s::oid AND g.live AND a.attname = %(column)s AND g.filter IS NOT DISTINCT FROM %(filter)s::text;
 
 -- name: no_ledger
 -- The same where there is no ledger: -1 once somebody has made one.

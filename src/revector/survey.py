@@ -19,6 +19,7 @@ from revector.catalog import (
     dependents,
     find_table,
     functions_naming,
+    read_filter,
     read_server,
     read_table,
     read_text,
@@ -56,8 +57,16 @@ def survey(
     if known:
         require(session)
     ledger = Ledger(session, table.oid)
-    live = ledger.live(column.name) if known else None
-    text = read_text(session, table, request.text or (live.text if live else "content"))
+    lives = ledger.lives(column.name) if known else []
+    live = next((g for g in lives if g.filter == request.where), None)
+    where = read_filter(session, table, request.where) if request.where else None
+    text = read_text(session, table, request.text or (live.text if live else "content")).within(where)
+    if column.name in dict(text.columns):
+        raise UsageError(
+            f"--text or --where reads {column.name}, the vector column itself",
+            why="Its name changes hands at cutover.",
+            hint="choose rows and texts by other columns",
+        )
     if request.key:
         for part in request.key.split(","):
             table.column(part)
@@ -79,7 +88,7 @@ def survey(
         old_identity = live.model
     else:
         if request.from_ is None:
-            raise _no_from(table, column)
+            raise _no_from(table, column, [g.filter for g in lives if g.filter])
         old = Embedder(request.from_, settings=settings)
         note(f"loading {old.spec}")
         old_identity = old.identity()
@@ -90,15 +99,19 @@ def survey(
         raise UsageError(
             f"{new_identity.model} answers already", hint=f"name another model: revector plan {name} --to MODEL"
         )
-    counts = _counts(session, table, text, column)
+    counts = _counts(session, table, text, where, column)
     opened = ledger.latest() if known else None
     ours = ledger.owned() if opened and not opened.stage.closed else {}
-    numbers = (live.number if live else 1, ledger.next_number() if known else 2)
+    following = ledger.next_number() if known else 2
+    # Another filter's generation may be registered already: this one's live generation then takes a number of its own.
+    first = following if known and live is None and ledger.registered() else 1
+    numbers = (live.number if live else first, following + (first == following))
     measured = _measure(session, table, text, column, old, new, counts, request.batch_size or 50, note)
     facts = Facts(
         server=server,
         table=table,
         text=text,
+        where=where,
         column=column,
         old=old_identity,
         new=new_identity,
@@ -110,6 +123,7 @@ def survey(
         functions=functions_naming(session, table, column),
         taken=(),
         star_statements=_star_statements(session, table),
+        index_sides=_index_sides(session, table, column, where),
         downloads=downloads,
     )
     preliminary = draft(request, facts)
@@ -160,7 +174,12 @@ def _vector_column(table: Table) -> str:
     )
 
 
-def _no_from(table: Table, column: Column) -> UsageError:
+def _no_from(table: Table, column: Column, filters: Sequence[str]) -> UsageError:
+    if filters:
+        return UsageError(
+            f"which rows of {table.name}? revector knows the models of: {'; '.join(filters)}",
+            hint="name one of these with --where, or the model of the rows meant: --from MODEL",
+        )
     models = known_models(column.dimension) if column.dimension else []
     return UsageError(
         f"which model made {table.name}.{column.name}, {column.type.rsplit('.', 1)[-1]}? revector does not know yet",
@@ -169,17 +188,28 @@ def _no_from(table: Table, column: Column) -> UsageError:
     )
 
 
-def _counts(session: Session, table: Table, text: Text, column: Column) -> Counts:
+def _counts(session: Session, table: Table, text: Text, where: Text | None, column: Column) -> Counts:
     if table.kind not in "rp":
         return Counts(0, 0, 0, 0, 0, 0)
-    parts = {"table": table.identifier, "text": raw(text.canonical), "column": sql.Identifier(column.name)}
+    inside = raw(where.canonical if where else "true")
+    parts = {
+        "table": table.identifier,
+        "text": raw(text.canonical),
+        "column": sql.Identifier(column.name),
+        "inside": inside,
+    }
     row = session.row(block("catalog", "texts", **parts))
     assert row is not None
     guilty: list[tuple[str, int]] = []
     if row.null_texts and len(text.columns) > 1:
         for name, _ in text.columns:
             statement = block(
-                "catalog", "null_parts", table=table.identifier, text=raw(text.canonical), column=sql.Identifier(name)
+                "catalog",
+                "null_parts",
+                table=table.identifier,
+                text=raw(text.canonical),
+                column=sql.Identifier(name),
+                inside=inside,
             )
             guilty.append((name, int(session.value(statement))))
     return Counts(**row._asdict(), null_parts=tuple(guilty))
@@ -267,7 +297,7 @@ def _taken(session: Session, table: Table, plan: Plan, ours: set[tuple[str, str]
             block("catalog", "relation_named"), schema=plan.schema, name=name
         ):
             found.append(f"relation {name}")
-    for name in (plan.function, plan.text_function):
+    for name in plan.functions:
         if ("function", name) not in ours and session.row(block("catalog", "function_named"), name=name):
             found.append(f"function revector.{name}")
     if (
@@ -276,6 +306,30 @@ def _taken(session: Session, table: Table, plan: Plan, ours: set[tuple[str, str]
         and session.row(block("catalog", "relation_named"), schema=plan.schema, name=plan.backup)
     ):
         found.append(f"relation {plan.backup}")
+    return tuple(found)
+
+
+def _index_sides(
+    session: Session, table: Table, column: Column, where: Text | None
+) -> tuple[tuple[str, int, int], ...]:
+    """On which side of the filter the rows of each vector index are; asked where one column holds both sides' vectors."""
+    if where is None or column.dimension is not None:
+        return ()
+    found = []
+    for index in table.indexes:
+        if index.covers_only(column):
+            row = session.row(
+                block(
+                    "catalog",
+                    "sides",
+                    table=table.identifier,
+                    column=sql.Identifier(column.name),
+                    inside=raw(where.canonical),
+                    predicate=raw(index.predicate or "true"),
+                )
+            )
+            assert row is not None
+            found.append((index.name, row.inside, row.outside))
     return tuple(found)
 
 
@@ -300,7 +354,7 @@ def _time_index(session: Session, plan: Plan, target: TargetIndex) -> float:
     """Seconds to build the target index on 1,000 random vectors, in a temporary table that is rolled back."""
     seconds = 0.0
     parts = {
-        "type": raw(plan.column_sql_type(plan.new)),
+        "type": raw(plan.vector_sql_type(plan.new)),
         "method": sql.Identifier(target.method),
         "opclass": raw(target.opclass),
     }

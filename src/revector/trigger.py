@@ -6,6 +6,8 @@ named from the table, and use nothing that a caller's search_path could change.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from psycopg import sql
 
 from revector.db import Session, block, raw
@@ -17,9 +19,14 @@ def create(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
     """The trigger and its functions as they are before SERVED; the candidate's column must exist."""
     trigger, function = sql.Identifier(plan.trigger), sql.Identifier(plan.function)
     arguments = sql.SQL(", ").join(sql.SQL("{} {}").format(sql.Identifier(n), raw(t)) for n, t in plan.text_columns)
-    body = block(
-        "trigger", "body_expanded", text_changed=_text_changed(plan), candidate=sql.Identifier(plan.new.column)
-    )
+    candidate = sql.Identifier(plan.new.column)
+    outside: sql.Composable = sql.SQL("")
+    if plan.copies_outside:
+        live = sql.Identifier(plan.column)
+        outside = block("trigger", "outside_expanded", inside=_inside(plan), live=live, candidate=candidate) + sql.SQL(
+            ";"
+        )
+    body = block("trigger", "body_expanded", text_changed=_text_changed(plan), candidate=candidate, outside=outside)
     return [
         block(
             "trigger",
@@ -29,6 +36,7 @@ def create(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
             text=raw(plan.text_sql),
         ),
         block("trigger", "grant_text_function", function=sql.Identifier(plan.text_function), types=_types(plan)),
+        *_filter_function(plan, arguments),
         _function("create_function", plan, body),
         block("trigger", "create_trigger", table=table, trigger=trigger, function=function),
         block("trigger", "enable_trigger", table=table, trigger=trigger),
@@ -47,6 +55,11 @@ def served(plan: Plan, live: Generation, live_column: str, other_column: str) ->
         not_null = block(
             "trigger", "not_null", live=live_name, other=other_name, column=sql.Literal(plan.column)
         ) + sql.SQL(";")
+    outside: sql.Composable = sql.SQL("")
+    if plan.copies_outside:
+        outside = block(
+            "trigger", "outside_served", inside=_inside(plan), live=live_name, other=other_name, not_null=not_null
+        ) + sql.SQL(";")
     body = block(
         "trigger",
         "body_served",
@@ -58,6 +71,7 @@ def served(plan: Plan, live: Generation, live_column: str, other_column: str) ->
         live_views=sql.Literal(own_name(plan.schema, plan.table, live.number)),
         other_views=sql.Literal(own_name(plan.schema, plan.table, other.number)),
         not_null=not_null,
+        outside=outside,
     )
     return _function("replace_function", plan, body)
 
@@ -68,6 +82,15 @@ def drop(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
         block("trigger", "drop_trigger", table=table, trigger=sql.Identifier(plan.trigger)),
         block("trigger", "drop_function", function=sql.Identifier(plan.function)),
         block("trigger", "drop_text_function", function=sql.Identifier(plan.text_function), types=_types(plan)),
+        *(
+            [
+                block(
+                    "trigger", "drop_filter_function", function=sql.Identifier(plan.filter_function), types=_types(plan)
+                )
+            ]
+            if plan.copies_outside
+            else []
+        ),
     ]
 
 
@@ -100,12 +123,28 @@ def _function(name: str, plan: Plan, body: sql.Composable) -> sql.Composable:
     return block("trigger", name, function=sql.Identifier(plan.function), body=sql.Literal(body.as_string(None)))
 
 
-def _text_changed(plan: Plan) -> sql.Composable:
-    def text(row: sql.SQL) -> sql.Composable:
-        columns = sql.SQL(", ").join(sql.SQL("{}.{}").format(row, sql.Identifier(n)) for n, _ in plan.text_columns)
-        return sql.SQL("revector.{} ({})").format(sql.Identifier(plan.text_function), columns)
+def _filter_function(plan: Plan, arguments: sql.Composable) -> list[sql.Composable]:
+    if not plan.copies_outside:
+        return []
+    function = sql.Identifier(plan.filter_function)
+    return [
+        block("trigger", "filter_function", function=function, arguments=arguments, inside=raw(plan.inside)),
+        block("trigger", "grant_text_function", function=function, types=_types(plan)),
+    ]
 
-    return sql.SQL("pg_catalog.record_image_ne(ROW({}), ROW({}))").format(text(sql.SQL("OLD")), text(sql.SQL("NEW")))
+
+def _text_changed(plan: Plan) -> sql.Composable:
+    old, new = (_of_row(plan, plan.text_function, row) for row in ("OLD", "NEW"))
+    return sql.SQL("pg_catalog.record_image_ne(ROW({}), ROW({}))").format(old, new)
+
+
+def _inside(plan: Plan) -> sql.Composable:
+    return _of_row(plan, plan.filter_function, "NEW")
+
+
+def _of_row(plan: Plan, function: str, row: Literal["OLD", "NEW"]) -> sql.Composable:
+    columns = sql.SQL(", ").join(sql.SQL("{}.{}").format(sql.SQL(row), sql.Identifier(n)) for n, _ in plan.text_columns)
+    return sql.SQL("revector.{} ({})").format(sql.Identifier(function), columns)
 
 
 def _changed(column: sql.Identifier) -> sql.Composable:

@@ -4,6 +4,12 @@
 CREATE FUNCTION revector.{function} ({arguments}) RETURNS text LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN ({text})::text;
 
+-- name: filter_function
+-- Whether a row belongs to the migration, bound to its names when it is created.
+-- lock: none
+CREATE FUNCTION revector.{function} ({arguments}) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN ({inside})::boolean;
+
 -- name: grant_text_function
 -- Every writer's trigger calls it, also where default privileges take EXECUTE away from PUBLIC.
 -- lock: none
@@ -27,7 +33,10 @@ BEGIN
     IF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' THEN
       IF {text_changed} THEN NEW.{candidate} := NULL; END IF;
     END IF;
-  ELSIF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN
+    RETURN NEW;
+  END IF;
+  {outside}
+  IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN
     IF pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'replica' THEN
       NEW.{candidate} := NULL;
     END IF;
@@ -56,6 +65,7 @@ BEGIN
     EXIT WHEN schema_name OPERATOR(pg_catalog.=) {live_views};
     IF schema_name OPERATOR(pg_catalog.=) {other_views} THEN owns_other := true; EXIT; END IF;
   END LOOP;
+  {outside}
   IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN
     IF pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'replica' THEN
       IF owns_other THEN NEW.{live} := NULL; ELSE NEW.{other} := NULL; END IF;
@@ -78,6 +88,25 @@ BEGIN
   END IF;
   RETURN NEW;
 END
+
+-- name: outside_expanded
+-- A row outside the filter keeps one vector in both generations (before SERVED the live column is the application's).
+-- lock: none
+IF {inside} IS NOT TRUE AND pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'replica' THEN
+    NEW.{candidate} := NEW.{live};
+    RETURN NEW;
+  END IF;
+
+-- name: outside_served
+-- From SERVED on: the vector that the writer's own generation has.
+-- lock: none
+IF {inside} IS NOT TRUE AND pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'replica' THEN
+    IF owns_other THEN NEW.{live} := NEW.{other}; ELSE NEW.{other} := NEW.{live}; END IF;
+    IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN
+      {not_null}
+    END IF;
+    RETURN NEW;
+  END IF;
 
 -- name: not_null
 -- The relaxed NOT NULL, for INSERT only: the same error as the constraint gave.
@@ -109,6 +138,11 @@ DROP TRIGGER IF EXISTS {trigger} ON {table};
 DROP FUNCTION IF EXISTS revector.{function} ();
 
 -- name: drop_text_function
+-- The functions go with the trigger.
+-- lock: none
+DROP FUNCTION IF EXISTS revector.{function} ({types});
+
+-- name: drop_filter_function
 -- The functions go with the trigger.
 -- lock: none
 DROP FUNCTION IF EXISTS revector.{function} ({types});

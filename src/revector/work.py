@@ -22,7 +22,7 @@ STEPS: Final = (
     "plan",
     "backup.create", "backup.copy", "backup.verify",
     "expand",
-    "backfill.windows", "backfill.window", "backfill.sweep", "backfill",
+    "backfill.windows", "backfill.window", "backfill.sweep", "backfill.outside", "backfill",
     "index.build", "index.pending", "index.analyze", "index",
     "verify.catch_up", "verify",
     "serve",
@@ -293,6 +293,20 @@ class Work:
             text=raw(self.plan.text_sql),
         )
         return int(self.control.value(statement, migration=self.ledger.migration, generation=generation.number))
+
+    def outside_lost(self, outgoing: Generation, incoming: Generation) -> int:
+        """How many rows outside the filter have a vector in the outgoing generation alone; they would vanish."""
+        if self.plan.filter_sql is None:
+            return 0
+        statement = block(
+            "work",
+            "outside_lost",
+            table=self.table,
+            outgoing=sql.Identifier(self.column(outgoing) or outgoing.column),
+            incoming=sql.Identifier(self.column(incoming) or incoming.column),
+            inside=raw(self.plan.inside),
+        )
+        return int(self.control.value(statement))
 
     def indexes_valid(self, generation: Generation, oids: Sequence[int]) -> sql.Composable:
         """A statement that fails unless these indexes are there and valid."""

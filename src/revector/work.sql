@@ -51,3 +51,8 @@ SELECT DISTINCT f.text_hash, f.kind, f.error
 SELECT count(*) FROM {table} AS t WHERE t.{column} IS NULL AND ({text}) IS NOT NULL
    AND EXISTS (SELECT FROM revector.failures f WHERE f.migration = %(migration)s AND f.generation = %(generation)s
                 AND f.text_hash = hashtextextended(({text})::text COLLATE "C", 0));
+
+-- name: outside_lost
+-- Rows outside the filter that only the outgoing generation has a vector of.
+-- lock: ACCESS SHARE
+SELECT count(*) FROM {table} AS t WHERE t.{outgoing} IS NOT NULL AND t.{incoming} IS NULL AND ({inside}) IS NOT TRUE;

@@ -109,6 +109,9 @@ def run(work: Work) -> Outcome:
         "seconds": round(elapsed, 3),
         "encoder_busy": round(figures["encode_s"] / elapsed, 3) if elapsed else 0.0,
     }
+    if plan.copies_outside:
+        with work.step("backfill.outside") as told:
+            told["rows"] = copy_outside(work)
     refused = work.refused(plan.new)
     if len(refused) > work.allow_failed:
         raise GateFailed(
@@ -368,8 +371,8 @@ def writer(work: Work, **ground: str) -> Iterator[Session]:
         if session.value("SELECT has_parameter_privilege('session_replication_role', 'SET')"):
             session.execute("SET session_replication_role = replica")
         types = {
-            "type": raw(work.plan.column_sql_type(work.plan.old)),
-            "other_type": raw(work.plan.column_sql_type(work.plan.new)),
+            "type": raw(work.plan.vector_sql_type(work.plan.old)),
+            "other_type": raw(work.plan.vector_sql_type(work.plan.new)),
         }
         session.execute(block("phases/backfill", "staged", **types))
         yield session
@@ -626,8 +629,40 @@ def _place(tid: str) -> tuple[int, int]:
     return int(number), int(place)
 
 
+def copy_outside(work: Work) -> int:
+    """Give each row outside the filter its one vector in the candidate too; returns the rows written.
+
+    A row that somebody has locked is left: the trigger copies what its owner writes, and the next call meets the rest.
+    """
+    written = 0
+    parts = {"live": sql.Identifier(work.column(work.plan.old) or ""), "inside": raw(work.plan.inside)}
+    windows = [(leaf, lo) for leaf in work.leaves() for lo in range(0, _blocks(work.control, leaf), _WINDOW_BLOCKS[1])]
+    with writer(work, enable_tidscan="on") as session:
+        for leaf, lo in windows:
+            work.check_stop()
+            statement = block("phases/backfill", "read_outside", **_parts(work, work.plan.new, leaf=leaf), **parts)
+            rows = work.control.rows(statement, lo=f"({lo},0)", hi=f"({lo + _WINDOW_BLOCKS[1]},0)")
+            places: dict[int, list[str]] = {}
+            for row in rows:
+                places.setdefault(_place(row.tid)[1], []).append(row.tid)
+            for place in sorted(places):
+                with suppress(Detached), entered(work, session, leaf) as at:
+                    statement = block(
+                        "phases/backfill",
+                        "copy_outside",
+                        table=at.table,
+                        old=at.columns[work.plan.old.number],
+                        new=at.columns[work.plan.new.number],
+                        inside=raw(work.plan.inside),
+                    )
+                    written += session.execute(statement, tids=places[place])
+    return written
+
+
 def catch_up(work: Work, numbers: Sequence[int]) -> dict[int, int]:
     """Fill what is pending in these generations, with no lock held; returns what is left, as `Filler.drain` does."""
+    if work.plan.copies_outside:
+        copy_outside(work)
     with Filler(work, numbers) as filler:
         return filler.drain()
 

@@ -130,3 +130,18 @@ WITH locked AS MATERIALIZED (
    WHERE hashtextextended(({text})::text COLLATE "C", 0) = s.hash
      FOR NO KEY UPDATE OF t SKIP LOCKED)
 UPDATE ONLY {table} AS t SET {column} = l.a FROM locked l WHERE t.ctid = l.tid;
+
+-- name: read_outside
+-- Rows of a range of blocks outside the filter whose one vector the candidate does not have yet.
+-- lock: ACCESS SHARE
+SELECT t.ctid::text AS tid FROM ONLY {table} AS t
+ WHERE t.ctid >= %(lo)s::tid AND t.ctid < %(hi)s::tid AND t.{column} IS NULL AND t.{live} IS NOT NULL AND ({inside}) IS NOT TRUE;
+
+-- name: copy_outside
+-- Copy the one vector of rows outside the filter; read again under the row's lock, so that no newer one is overwritten.
+-- lock: ROW EXCLUSIVE
+WITH locked AS MATERIALIZED (
+  SELECT t.ctid AS tid FROM ONLY {table} AS t
+   WHERE t.ctid = ANY (%(tids)s::tid[]) AND t.{new} IS NULL AND t.{old} IS NOT NULL AND ({inside}) IS NOT TRUE
+     FOR NO KEY UPDATE OF t SKIP LOCKED)
+UPDATE ONLY {table} AS t SET {new} = t.{old} FROM locked l WHERE t.ctid = l.tid;

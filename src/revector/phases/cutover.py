@@ -74,6 +74,11 @@ def swap(plan: Plan, table: sql.Composable, outgoing: Generation, incoming: Gene
         rename(incoming.column, plan.column),
         trigger.served(plan, incoming, plan.column, outgoing.column),
         block("phases/cutover", "flip", **{k: sql.Literal(v) for k, v in numbers.items()}),
+        *(
+            [block("phases/cutover", "move_others", **{k: sql.Literal(v) for k, v in numbers.items()})]
+            if plan.filter
+            else []
+        ),
     ]
 
 

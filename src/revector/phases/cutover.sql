@@ -18,6 +18,16 @@ COMMENT ON COLUMN {column} IS {comment};
 -- lock: none
 UPDATE revector.generations SET live = (number = {live}) WHERE table_oid = {table}::oid AND number IN ({old}, {new});
 
+-- name: move_others
+-- Generations of other filters' rows, which both columns hold, are found under the bare name from here on.
+-- lock: none
+UPDATE revector.generations o SET attnum = i.attnum
+  FROM revector.generations i
+ WHERE o.table_oid = {table}::oid AND o.live AND o.number NOT IN ({old}, {new})
+   AND i.table_oid = o.table_oid AND i.number = {live}
+   AND o.attnum = (SELECT g.attnum FROM revector.generations g
+                    WHERE g.table_oid = o.table_oid AND g.number IN ({old}, {new}) AND g.number <> {live});
+
 -- name: indexes_named
 -- Which of these indexes the table has.
 -- lock: none

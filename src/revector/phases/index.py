@@ -58,7 +58,7 @@ def _vector_statement(plan: Plan, target: TargetIndex, table: sql.Composable) ->
         name=sql.Identifier(target.name),
         table=table,
         method=sql.Identifier(target.method),
-        column=sql.Identifier(plan.new.column),
+        key=raw(target.key(sql.Identifier(plan.new.column).as_string(None))),
         opclass=raw(target.opclass),
         parameters=with_clause(target.parameters),
         predicate=sql.SQL(" WHERE {}").format(raw(target.predicate)) if target.predicate else sql.SQL(""),

@@ -1,7 +1,7 @@
 -- name: vector_index
 -- A vector index on the candidate; writes go on meanwhile.
 -- lock: SHARE UPDATE EXCLUSIVE, for long
-CREATE INDEX CONCURRENTLY {name} ON {table} USING {method} ({column} {opclass}){parameters}{predicate};
+CREATE INDEX CONCURRENTLY {name} ON {table} USING {method} ({key} {opclass}){parameters}{predicate};
 
 -- name: pending_index
 -- The small index that finds a generation's pending rows; made after the sweeps, for with it no update is HOT.

@@ -96,7 +96,16 @@ def _totals(work: Work, generation: Generation) -> list[Check]:
         stuck = first & _pending(work, generation)
     schema = sql.Identifier(work.plan.vector_schema)
     norm = sql.Identifier("vector_norm" if work.plan.column_type == "vector" else "l2_norm")
-    row = work.control.row(block("phases/verify", "totals", schema=schema, norm=norm, **_parts(work, generation)))
+    row = work.control.row(
+        block(
+            "phases/verify",
+            "totals",
+            schema=schema,
+            norm=norm,
+            inside=raw(work.plan.inside),
+            **_parts(work, generation),
+        )
+    )
     assert row is not None
     refused = len(work.refused(generation))
     return [
@@ -166,7 +175,7 @@ def _indexes(work: Work, generation: Generation, sample: Sequence[Any]) -> list[
     for target in work.plan.indexes:
         valid = bool(work.control.value(block("phases/verify", "index"), table=work.plan.table_oid, name=target.name))
         checks.append(Check(f"index {target.name}", "valid" if valid else "missing or INVALID", valid))
-        if valid and sample:
+        if valid and sample and not target.outside:
             checks += _used(work, generation, target, _vectors(sample[:_QUERIES]))
     return checks
 
@@ -178,16 +187,19 @@ def _used(work: Work, generation: Generation, target: TargetIndex, queries: NDAr
         **_parts(work, generation),
         "schema": sql.Identifier(plan.vector_schema),
         "operator": raw(operator),
-        "type": raw(plan.column_sql_type(generation)),
+        "type": raw(target.key_type or plan.vector_sql_type(generation)),
+        "key": raw(target.key(sql.Identifier("t", work.column(generation) or generation.column).as_string(None))),
         "where": sql.SQL("WHERE {}").format(raw(target.predicate)) if target.predicate else sql.SQL(""),
     }
     texts = ["[" + ",".join(f"{x:.7g}" for x in q) + "]" for q in queries.tolist()]
     # Of two indexes that serve the same search the planner takes either.
     twins = {t.name for t in plan.indexes if (t.opclass, t.predicate) == (target.opclass, target.predicate)}
     uses = {}
-    for label, setting in (("when asked to", "enable_seqscan"), ("plainly", "jit")):
+    # Of a small table any other index and a sort may look cheaper; without a sort only a vector index gives the order.
+    for label, off in (("when asked to", ["enable_seqscan", "enable_sort"]), ("plainly", [])):
         with work.control.transaction():
-            work.control.execute("SELECT set_config(%(s)s, 'off', true)", s=setting)
+            for setting in off:
+                work.control.execute("SELECT set_config(%(s)s, 'off', true)", s=setting)
             explained = work.control.value(block("phases/verify", "explain", **parts), vector=texts[0])
             uses[label] = not twins.isdisjoint(_indexes_of(explained))
     rows = _count(work)

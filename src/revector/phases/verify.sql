@@ -4,7 +4,7 @@
 SELECT count(*) AS rows, count(t.{column}) AS vectors,
        count(*) FILTER (WHERE t.{column} IS NULL AND ({text}) IS NOT NULL) AS pending,
        count(*) FILTER (WHERE {schema}.{norm}(t.{column}) = 0) AS zero
-  FROM {table} AS t;
+  FROM {table} AS t WHERE ({inside});
 
 -- name: sample
 -- A random sample of rows that have both a text and a vector.
@@ -16,13 +16,13 @@ SELECT t.ctid::text AS tid, ({text})::text AS text, t.{column}::real[] AS vector
 -- name: explain
 -- The plan of a search as an application would send it.
 -- lock: ACCESS SHARE
-EXPLAIN (FORMAT JSON) SELECT t.ctid FROM {table} AS t {where} ORDER BY t.{column} OPERATOR({schema}.{operator}) %(vector)s::{type} LIMIT 10;
+EXPLAIN (FORMAT JSON) SELECT t.ctid FROM {table} AS t {where} ORDER BY {key} OPERATOR({schema}.{operator}) %(vector)s::{type} LIMIT 10;
 
 -- name: search
 -- The ten smallest distances, by whatever plan the session's settings leave.
 -- lock: ACCESS SHARE
-SELECT t.{column} OPERATOR({schema}.{operator}) %(vector)s::{type} AS distance FROM {table} AS t {where}
- ORDER BY t.{column} OPERATOR({schema}.{operator}) %(vector)s::{type} LIMIT 10;
+SELECT {key} OPERATOR({schema}.{operator}) %(vector)s::{type} AS distance FROM {table} AS t {where}
+ ORDER BY {key} OPERATOR({schema}.{operator}) %(vector)s::{type} LIMIT 10;
 
 -- name: pending
 -- Pending rows that the model has not refused, so that two looks can be compared.

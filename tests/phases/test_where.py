@@ -1,0 +1,281 @@
+"""`--where`: only some rows are migrated, and whatever happens to the others is exact too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+
+from fix_commands import command
+from fix_tables import (
+    Halt,
+    advance,
+    assert_no_leftovers,
+    body,
+    following,
+    halting,
+    oid_of,
+    one,
+    settings,
+    steering,
+    vector,
+)
+from revector import Request
+from revector.db import Database
+from revector.errors import Refused, UsageError
+from revector.follow import Follower
+from revector.search import Searcher
+from revector.work import Effect, Observation, Recorded
+
+OLD, NEW, OTHER = "hash:16", "hash:32", "hash:8"
+INSIDE = Request(from_=OLD, to=NEW, where="tenant = 'a'")
+
+
+def shared(
+    connection: psycopg.Connection[Any], kind: str = "vector", rows: int = 40, other: str | None = OTHER
+) -> None:
+    """Two tenants in one table: a's vectors are OLD's; b's are another model's, or missing."""
+    connection.execute(f"CREATE TABLE kb (id int PRIMARY KEY, tenant text, content text, embedding {kind})")
+    for number in range(rows):
+        text = body(number)
+        mine = number % 2 == 0
+        given = vector(OLD, text) if mine else vector(other, text) if other else None
+        connection.execute("INSERT INTO kb VALUES (%s, %s, %s, %s)", (number, "a" if mine else "b", text, given))
+
+
+def index(connection: psycopg.Connection[Any]) -> None:
+    connection.execute(
+        "CREATE INDEX kb_a ON kb USING hnsw ((embedding::vector(16)) vector_l2_ops) WITH (m = 8) WHERE tenant = 'a'"
+    )
+
+
+def check(connection: psycopg.Connection[Any], columns: dict[str, str], outside: str | None = OTHER) -> None:
+    """Rows inside have each model's vector of their text; rows outside have the same one in every generation."""
+    for column, model in columns.items():
+        for tenant, text, stored in connection.execute(f"SELECT tenant, content, {column}::text FROM kb"):
+            right = vector(model, text) if tenant == "a" else vector(outside, text) if outside else None
+            assert (stored and numbers(stored)) == (right and numbers(right)), (column, tenant, text)
+
+
+def numbers(text: str) -> Sequence[float]:
+    return [float(np.float32(x)) for x in text.strip("[]").split(",")]
+
+
+def write(connection: psycopg.Connection[Any], turn: int, model: str) -> None:
+    """Edits inside and outside, moves in both directions, inserts and deletes, each as its application would."""
+
+    def put(number: int, tenant: str, text: str, given: str) -> None:
+        connection.execute(
+            "UPDATE kb SET tenant = %s, content = %s, embedding = %s WHERE id = %s",
+            (tenant, text, vector(given, text), number),
+        )
+
+    base = 1000 * turn
+    put(0, "a", f"edited inside {turn}", model)
+    put(1, "b", f"edited outside {turn}", OTHER)
+    put(2, "b", f"moved out {turn}", OTHER)
+    put(3, "a", f"moved in {turn}", model)
+    connection.execute("UPDATE kb SET tenant = 'a' WHERE id = 5")
+    for number, tenant, given in ((base + 1, "a", model), (base + 2, "b", OTHER)):
+        text = f"new {number}"
+        connection.execute(
+            "INSERT INTO kb (id, tenant, content, embedding) VALUES (%s, %s, %s, %s)",
+            (number, tenant, text, vector(given, text)),
+        )
+    connection.execute("INSERT INTO kb (id, tenant, content) VALUES (%s, 'a', %s)", (base + 3, f"new {base + 3}"))
+    connection.execute("DELETE FROM kb WHERE id = %s", (10 + turn,))
+    connection.execute("UPDATE kb SET content = 'edited without a vector', embedding = embedding WHERE id = 4")
+
+
+def settle(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    Follower(settings(dsn), oid_of(connection)).once()
+
+
+def test_rows_outside_keep_one_vector_in_both_generations(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A column without a dimension (LangChain's table): both tenants are searchable before and after every switch."""
+    shared(connection)
+    index(connection)
+    with steering(dsn) as migration:
+        migration.run(INSIDE)
+        check(connection, {"embedding": OLD, "embedding_g2": NEW})
+    for turn, name in enumerate(("cutover", "rollback", "cutover"), 1):
+        with following(dsn, connection), steering(dsn) as migration:
+            getattr(migration, name)()
+        model = NEW if name == "cutover" else OLD
+        write(connection, turn, model)
+        # A row that moves in with another model's vector is embedded anew, by both models.
+        settle(dsn, connection)
+        columns = (
+            {"embedding": NEW, "embedding_g1": OLD} if name == "cutover" else {"embedding": OLD, "embedding_g2": NEW}
+        )
+        check(connection, columns)
+    connection.execute("SET enable_seqscan = off")
+    explained = connection.execute(
+        f"EXPLAIN SELECT id FROM kb WHERE tenant = 'a' ORDER BY embedding::vector(32) <-> '{vector(NEW, 'x')}' LIMIT 3"
+    ).fetchall()
+    assert "kb_a" in str(explained)
+    with steering(dsn) as migration:
+        migration.finalize()
+    check(connection, {"embedding": NEW})
+    assert_no_leftovers(connection)
+    definition = one(connection, "SELECT pg_get_indexdef('kb_a'::regclass)")
+    assert "vector(32)" in definition
+    assert "m='8'" in definition
+    assert "tenant = 'a'" in definition
+
+
+def test_a_row_that_moves_before_served(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """In: the live vector stays the application's, the candidate becomes pending. Out: the candidate takes the live one."""
+    shared(connection)
+    advance(dsn, "VERIFIED", INSIDE)
+    connection.execute("UPDATE kb SET tenant = 'a' WHERE id = 1")
+    connection.execute("UPDATE kb SET tenant = 'b' WHERE id = 2")
+    rows = dict(connection.execute("SELECT id, embedding_g2::text FROM kb WHERE id IN (1, 2)").fetchall())
+    assert rows[1] is None
+    assert rows[2] == one(connection, "SELECT embedding::text FROM kb WHERE id = 2")
+    settle(dsn, connection)
+    assert numbers(one(connection, "SELECT embedding_g2::text FROM kb WHERE id = 1")) == numbers(vector(NEW, body(1)))
+    assert numbers(one(connection, "SELECT embedding::text FROM kb WHERE id = 1")) == numbers(vector(OTHER, body(1)))
+
+
+def test_a_row_outside_that_was_locked_during_the_backfill_is_copied_later(
+    dsn: str, connection: psycopg.Connection[Any]
+) -> None:
+    """SELECT FOR UPDATE changes nothing, so no trigger copies that row: catch-up does, or cutover is refused."""
+    shared(connection)
+    advance(dsn, "EXPANDED", INSIDE)
+    with psycopg.connect(dsn) as holder:
+        holder.execute("SELECT FROM kb WHERE id = 1 FOR UPDATE")
+        advance(dsn, "BACKFILLED", INSIDE)
+        assert one(connection, "SELECT count(*) FROM kb WHERE tenant = 'b' AND embedding_g2 IS NULL") == 1
+    with steering(dsn) as migration:
+        migration.run()
+        check(connection, {"embedding": OLD, "embedding_g2": NEW})
+        connection.execute("SET session_replication_role = replica; ALTER TABLE kb DISABLE TRIGGER ALL")
+        connection.execute("UPDATE kb SET embedding_g2 = NULL WHERE id = 1")
+        name = one(connection, "SELECT tgname FROM pg_trigger WHERE tgname LIKE '~rv%'")
+        connection.execute(f'ALTER TABLE kb ENABLE ALWAYS TRIGGER "{name}"')
+        work = migration._work(migration.latest())
+        assert work.outside_lost(work.plan.old, work.plan.new) == 1
+        with pytest.raises(Refused, match="1 rows outside --where tenant = 'a' have a vector of hash:16 alone"):
+            migration._check_outside(work, back=False)
+
+
+@pytest.mark.parametrize("moment", [Effect, Recorded])
+def test_killed_while_rows_outside_are_copied(
+    dsn: str, connection: psycopg.Connection[Any], moment: type[Observation]
+) -> None:
+    """Ended at that step, given again: nothing is missing."""
+    shared(connection)
+    with pytest.raises(Halt), steering(dsn, observe=halting("backfill.outside", moment)) as migration:
+        migration.run(INSIDE)
+    connection.execute("UPDATE kb SET content = 'edited meanwhile' WHERE id IN (2, 3)")
+    connection.execute("UPDATE kb SET embedding = %s WHERE id = 3", (vector(OTHER, "edited meanwhile"),))
+    connection.execute("UPDATE kb SET embedding = %s WHERE id = 2", (vector(OLD, "edited meanwhile"),))
+    with steering(dsn) as migration:
+        migration.run()
+    check(connection, {"embedding": OLD, "embedding_g2": NEW})
+
+
+def test_two_tenants_one_after_the_other(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Each filter has a model of its own on record, found under the bare name whichever column holds it."""
+    shared(connection)
+    advance(dsn, "CUT_OVER", INSIDE)
+    with steering(dsn) as migration:
+        migration.finalize()
+        with pytest.raises(UsageError, match=r"which rows of kb\? revector knows the models of: tenant = 'a'"):
+            migration.preview(Request(to="hash:64"))
+        migration.run(Request(from_=OTHER, to="hash:64", where="tenant = 'b'"))
+    with following(dsn, connection), steering(dsn) as migration:
+        migration.cutover()
+        migration.rollback()
+        migration.cutover()
+    settle(dsn, connection)
+    check(connection, {"embedding": NEW}, "hash:64")
+    with steering(dsn) as migration:
+        migration.finalize()
+    check(connection, {"embedding": NEW}, "hash:64")
+    database = Database(settings(dsn))
+    for tenant, model in (("a", NEW), ("b", "hash:64")):
+        with Searcher(database, settings(dsn), "kb", where=f"tenant = '{tenant}'") as searcher:
+            found = searcher.search(body(6 if tenant == "a" else 7), k=1)
+        assert (found.model, found.hits[0].id) == (model, "6" if tenant == "a" else "7")
+    with pytest.raises(UsageError, match="which rows of kb"), Searcher(database, settings(dsn), "kb"):
+        pass
+    with steering(dsn) as migration:
+        migration.run(Request(to="hash:24", where="tenant = 'a'"))
+        migration.abort()
+    check(connection, {"embedding": NEW}, "hash:64")
+
+
+def test_a_declared_dimension_takes_rows_outside_only_without_a_vector(
+    dsn: str, connection: psycopg.Connection[Any]
+) -> None:
+    """A row outside with a vector would vanish at the switch: refused by plan, by cutover and by finalize."""
+    shared(connection, "vector(16)", other=OLD)
+    answer = command(dsn, "plan", "kb", "--from", OLD, "--to", NEW, "--where", "tenant = 'a'").exits(3)
+    assert "20 rows outside have a vector" in " ".join(answer.out.split())
+    connection.execute("UPDATE kb SET embedding = NULL WHERE tenant = 'b'")
+    with steering(dsn) as migration:
+        migration.run(INSIDE)
+    check(connection, {"embedding": OLD, "embedding_g2": NEW}, None)
+    assert one(connection, "SELECT count(*) FROM kb WHERE embedding_g2 IS NOT NULL") == 20
+    connection.execute("UPDATE kb SET embedding = %s WHERE id = 1", (vector(OLD, body(1)),))
+    with following(dsn, connection), steering(dsn) as migration:
+        with pytest.raises(Refused, match="1 rows outside --where tenant = 'a' have a vector of hash:16 alone"):
+            migration.cutover()
+        connection.execute("UPDATE kb SET tenant = 'a' WHERE id = 1")
+        connection.execute("UPDATE kb SET tenant = 'b' WHERE id = 2")
+        migration.cutover()
+    settle(dsn, connection)
+    check(connection, {"embedding": NEW, "embedding_g1": OLD}, None)
+    with steering(dsn) as migration:
+        migration.finalize()
+    assert_no_leftovers(connection)
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("tenant", "gives text, not boolean"),
+        ("random() < 0.5", "is not IMMUTABLE"),
+        ("embedding IS NOT NULL", "reads embedding, the vector column itself"),
+        ("true", "reads no column of kb"),
+        ("tenant = 'a'; DROP TABLE kb", "contains ';'"),
+        ("nobody = 1", 'column "nobody" does not exist'),
+        ("id IN (SELECT 1)", "uses a sub-query"),
+    ],
+)
+def test_bad_filters_are_refused_by_name(dsn: str, connection: psycopg.Connection[Any], where: str, told: str) -> None:
+    """What the filter may not be is said before anything is changed."""
+    shared(connection, "vector(16)", other=None)
+    answer = command(dsn, "plan", "kb", "--from", OLD, "--to", NEW, "--where", where).exits(2)
+    assert told in " ".join(answer.err.split())
+
+
+def test_another_filter_does_not_resume(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """The filter is part of the open plan: an omitted one is the plan's, another one is refused."""
+    shared(connection)
+    advance(dsn, "EXPANDED", INSIDE)
+    with steering(dsn) as migration:
+        with pytest.raises(Refused, match="--where tenant = 'b' was not planned"):
+            migration.run(Request(where="tenant = 'b'"))
+        migration.run()
+    check(connection, {"embedding": OLD, "embedding_g2": NEW})
+
+
+def test_a_column_without_a_dimension_and_without_a_filter(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """The candidate declares none either; its index casts to the new model's dimension."""
+    shared(connection, other=OLD)
+    connection.execute("CREATE INDEX kb_all ON kb USING hnsw ((embedding::vector(16)) vector_cosine_ops)")
+    advance(dsn, "CUT_OVER", Request(from_=OLD, to=NEW))
+    with Searcher(Database(settings(dsn)), settings(dsn), "kb") as searcher:
+        assert searcher.search(body(9), k=1).hits[0].id == "9"
+    with steering(dsn) as migration:
+        migration.finalize()
+    check(connection, {"embedding": NEW}, NEW)
+    assert_no_leftovers(connection)
+    assert "vector(32)" in one(connection, "SELECT pg_get_indexdef('kb_all'::regclass)")
