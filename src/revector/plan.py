@@ -441,12 +441,15 @@ def _target_indexes(request: Request, facts: Facts, live: list[Index]) -> tuple[
                 TargetIndex(method, index.opclass, parameters, named(number), index.name, index.predicate), facts, index
             )
         )
-    if not targets:
+    if all(target.outside for target in targets):
         method = "ivfflat" if choice == "ivfflat" else "hnsw"
         name = cut_name(f"{facts.table.name}_{facts.column.name}", "_idx")
+        if any(index.name == name for index in facts.table.indexes):
+            name = cut_name(f"{facts.table.name}_{facts.column.name}", f"_g{facts.next_number}_idx")
         parameters = hnsw if method == "hnsw" else ivfflat
-        targets.append(_fitting(TargetIndex(method, default_opclass, parameters, named(1), name), facts, None))
-    return tuple(targets)
+        own = TargetIndex(method, default_opclass, parameters, named(len(targets) + 1), name)
+        targets.append(_fitting(own, facts, None))
+    return tuple(sorted(targets, key=lambda target: target.outside))
 
 
 def _fitting(target: TargetIndex, facts: Facts, live: Index | None) -> TargetIndex:

@@ -126,6 +126,7 @@ def run_command(table: str, request: Request) -> str:
         ("--from", request.from_),
         ("--to", request.to),
         ("--text", request.text),
+        ("--where", request.where),
         ("--vector", request.vector),
         ("--key", request.key),
         ("--batch-size", request.batch_size),

@@ -198,6 +198,11 @@ def test_two_tenants_one_after_the_other(dsn: str, connection: psycopg.Connectio
     with steering(dsn) as migration:
         migration.finalize()
     check(connection, {"embedding": NEW}, "hash:64")
+    kept = [d for (d,) in connection.execute("SELECT indexdef FROM pg_indexes WHERE indexdef LIKE '%hnsw%'")]
+    assert sorted(("tenant = 'a'" in d, "vector(32)" in d, "vector(64)" in d) for d in kept) == [
+        (False, False, True),
+        (True, True, False),
+    ]
     database = Database(settings(dsn))
     for tenant, model in (("a", NEW), ("b", "hash:64")):
         with Searcher(database, settings(dsn), "kb", where=f"tenant = '{tenant}'") as searcher:
@@ -219,6 +224,11 @@ def test_a_declared_dimension_takes_rows_outside_only_without_a_vector(
     answer = command(dsn, "plan", "kb", "--from", OLD, "--to", NEW, "--where", "tenant = 'a'").exits(3)
     assert "20 rows outside have a vector" in " ".join(answer.out.split())
     connection.execute("UPDATE kb SET embedding = NULL WHERE tenant = 'b'")
+    answer = command(dsn, "plan", "kb", "--from", OLD, "--to", NEW, "--where", "tenant = 'a'").exits(0)
+    assert (
+        answer.out.splitlines()[-1]
+        == """next: revector run kb --from hash:16 --to hash:32 --where 'tenant = '"'"'a'"'"''"""
+    )
     with steering(dsn) as migration:
         migration.run(INSIDE)
     check(connection, {"embedding": OLD, "embedding_g2": NEW}, None)

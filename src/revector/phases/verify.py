@@ -195,11 +195,9 @@ def _used(work: Work, generation: Generation, target: TargetIndex, queries: NDAr
     # Of two indexes that serve the same search the planner takes either.
     twins = {t.name for t in plan.indexes if (t.opclass, t.predicate) == (target.opclass, target.predicate)}
     uses = {}
-    # Of a small table any other index and a sort may look cheaper; without a sort only a vector index gives the order.
-    for label, off in (("when asked to", ["enable_seqscan", "enable_sort"]), ("plainly", [])):
+    for label, setting in (("when asked to", "enable_seqscan"), ("plainly", "jit")):
         with work.control.transaction():
-            for setting in off:
-                work.control.execute("SELECT set_config(%(s)s, 'off', true)", s=setting)
+            work.control.execute("SELECT set_config(%(s)s, 'off', true)", s=setting)
             explained = work.control.value(block("phases/verify", "explain", **parts), vector=texts[0])
             uses[label] = not twins.isdisjoint(_indexes_of(explained))
     rows = _count(work)
