@@ -364,9 +364,22 @@ class Database:
             if not session.connection.closed and session.connection.info.transaction_status != 0:
                 session.connection.rollback()
         raise PauseBudgetMissed(
-            f"no attempt of {attempts} got the lock within {budget_ms} ms",
-            why="Another transaction holds the table: a long statement, an open transaction or VACUUM. Nothing changed.",
+            f"no attempt of {attempts} got the lock within {budget_ms} ms", why=_in_the_way(session, table)
         )
+
+
+def _in_the_way(session: Session, table: sql.Composable) -> str:
+    """Who kept the lock from us, as far as this role may see."""
+    name = sql.Literal(table.as_string(session.connection))
+    try:
+        holders = session.rows(block("db", "holders", table=name))
+    except psycopg.Error:
+        holders = ()
+    if any(row.wraparound for row in holders):
+        return f"{holders[0].who}: such a VACUUM does not give way. Nothing changed; wait for its end."
+    if holders:
+        return f"In the way: {'; '.join(row.who for row in holders)}. Nothing changed."
+    return "Another transaction held the table: a long statement, an open transaction or VACUUM. Nothing changed."
 
 
 def _left(budget_ms: int) -> sql.Composable:

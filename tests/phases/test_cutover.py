@@ -304,14 +304,18 @@ def test_open_transaction_makes_the_swap_missed_and_changes_nothing(
     assert_exact(connection, "kb", "content", AFTER if command == "cutover" else BEFORE, at_least=20)
 
 
-def test_missed_budget_names_the_next_command(dsn: str, connection: psycopg.Connection[Any]) -> None:
-    """Every stop says the exact next command."""
+def test_missed_budget_names_who_is_in_the_way_and_the_next_command(
+    dsn: str, connection: psycopg.Connection[Any]
+) -> None:
+    """Every stop says what, why, and the exact next command."""
     knowledge_base(connection, 20)
     advance(dsn, "SERVED")
-    with psycopg.connect(dsn) as idle:
+    with psycopg.connect(dsn, application_name="nightly report") as idle:
         idle.execute("SELECT 1 FROM kb LIMIT 1")
         with pytest.raises(PauseBudgetMissed) as caught:
             give(dsn, "cutover")
+        assert f"In the way: session {idle.info.backend_pid} of " in caught.value.why
+        assert "nightly report, idle in transaction since " in caught.value.why
     assert "revector cutover kb" in caught.value.hint
 
 
