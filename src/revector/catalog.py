@@ -13,6 +13,7 @@ from psycopg import sql
 
 from revector.db import Session, block, raw
 from revector.errors import ExpressionRefused, Refused, UsageError
+from revector.partitions import Partitions, own_objects, parent_name, read_partitions
 
 #: Vector types that a generation can have, and the most dimensions that their indexes take (pgvector's README).
 INDEX_LIMITS = {"vector": 2000, "halfvec": 4000}
@@ -115,6 +116,8 @@ class Trigger:
     type: int
     #: Attribute numbers of `UPDATE OF`; empty: every UPDATE.
     columns: tuple[int, ...]
+    #: The partition that it is on; None: the table.
+    partition: str | None = None
 
     @property
     def before_row(self) -> bool:
@@ -181,6 +184,10 @@ class Table:
     indexes: tuple[Index, ...]
     triggers: tuple[Trigger, ...]
     update_rules: tuple[str, ...]
+    #: The tree below a partitioned table; None: the table is not partitioned.
+    partitions: Partitions | None = None
+    #: The partitioned table that it is a partition of.
+    parent: str | None = None
 
     def column(self, name: str) -> Column:
         """The column of that name; `UsageError` names near ones."""
@@ -270,8 +277,19 @@ def read_table(session: Session, oid: int) -> Table:
         row = session.row(block("catalog", "table"), table=oid)
         if row is None:
             raise Refused("the table does not exist any more")
+        told = row._asdict()
+        tree = read_partitions(session, oid) if row.kind == "p" else None
+        if tree is not None:
+            # The table itself holds no row: what it weighs is what its partitions weigh.
+            told |= {
+                name: sum(getattr(part, name) for part in tree.parts)
+                for name in ("estimated_rows", "heap_bytes", "total_bytes")
+            }
+        own = [part.oid for part in tree.parts] if tree else []
         return Table(
-            **row._asdict(),
+            **told,
+            partitions=tree,
+            parent=parent_name(session, oid) if row.is_child else None,
             columns=tuple(Column(**c._asdict()) for c in session.rows(block("catalog", "columns"), table=oid)),
             key=tuple(r.name for r in session.rows(block("catalog", "primary_key"), table=oid)),
             unique=tuple(frozenset(r.names) for r in session.rows(block("catalog", "unique_columns"), table=oid)),
@@ -291,9 +309,15 @@ def read_table(session: Session, oid: int) -> Table:
                 )
                 for i in session.rows(block("catalog", "indexes"), table=oid)
             ),
-            triggers=tuple(
-                Trigger(t.oid, t.name, t.enabled, t.type, tuple(t.columns))
-                for t in session.rows(block("catalog", "triggers"), table=oid)
+            triggers=(
+                *(
+                    Trigger(t.oid, t.name, t.enabled, t.type, tuple(t.columns))
+                    for t in session.rows(block("catalog", "triggers"), table=oid)
+                ),
+                *(
+                    Trigger(t.oid, t.name, t.enabled, t.type, tuple(t.columns), t.partition)
+                    for t in (session.rows(block("partitions", "triggers"), tables=own) if own else ())
+                ),
             ),
             update_rules=tuple(r.name for r in session.rows(block("catalog", "update_rules"), table=oid)),
         )
@@ -360,7 +384,12 @@ def _read_expression(session: Session, table: Table, given: str, option: str) ->
             why="It must be one SQL expression such as content, or title || E'\\n' || body.",
         ) from None
     plan = explained[0]["Plan"]
-    if plan["Node Type"] != "Seq Scan" or "Plans" in plan or len(plan["Output"]) != 1:
+    # A partitioned table has no rows of its own to scan.
+    if (
+        plan["Node Type"] != ("Result" if table.partitions else "Seq Scan")
+        or "Plans" in plan
+        or len(plan["Output"]) != 1
+    ):
         raise ExpressionRefused(
             f"{option} {given!r} uses {_what_it_uses(plan)}",
             why="It must be computed from one row alone, so that a trigger can tell when it changed.",
@@ -468,7 +497,22 @@ def dependents(
                     "publish a column list without the vector column, and re-sync the subscribers",
                 )
             )
+    if table.partitions is not None:
+        found += _own_dependents(session, table, column)
     return tuple(found)
+
+
+def _own_dependents(session: Session, table: Table, column: Column) -> list[Dependent]:
+    """What hangs on the column in one partition alone."""
+    return [
+        Dependent(
+            f"{own.description} of partition {own.partition}",
+            "make it part of an index of the whole table (CREATE INDEX ... ON ONLY, ALTER INDEX ... ATTACH PARTITION), or drop it"
+            if own.is_index
+            else "drop it, or publish the table without its vector column",
+        )
+        for own in own_objects(session, table.oid, column.name)
+    ]
 
 
 def functions_naming(session: Session, table: Table, column: Column) -> tuple[str, ...]:

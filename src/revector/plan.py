@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 from revector.catalog import INDEX_LIMITS, Column, Dependent, Index, Server, Table, Text
 from revector.embed.spec import Identity
 from revector.errors import Refused
+from revector.partitions import Partitions
 
 FORMAT: Final = 1
 #: PostgreSQL's limit on names (NAMEDATALEN - 1), in bytes.
@@ -22,6 +23,8 @@ HNSW_DEFAULTS: Final = (("m", "16"), ("ef_construction", "64"))
 DEFAULT_LISTS: Final = 100
 DEFAULT_BATCH: Final = 50
 VERIFY_THRESHOLD: Final = 0.999
+#: Partitions above which the plan warns of the pause budget.
+MANY_PARTITIONS: Final = 200
 
 IndexChoice = Literal["auto", "same", "hnsw", "ivfflat"]
 
@@ -147,6 +150,11 @@ class Plan:
     #: Whether the column's type declares a dimension.
     declared: bool = True
     precision: str = "fp32"
+    #: Whether the table is partitioned, and the columns that decide where a row belongs.
+    partitioned: bool = False
+    partition_key: tuple[str, ...] = ()
+    #: (OID, constraint) of the partitions whose NOT NULL has a name of its own (PostgreSQL 18).
+    strict_parts: tuple[tuple[int, str], ...] = ()
     verify_threshold: float = VERIFY_THRESHOLD
     format: int = FORMAT
 
@@ -251,6 +259,8 @@ class Plan:
                 "indexes": tuple(TargetIndex(**{**i, "parameters": pairs(i["parameters"])}) for i in told["indexes"]),
                 "live_indexes": tuple(LiveIndex(**i) for i in told["live_indexes"]),
                 "consents": Consents(**told["consents"]),
+                "partition_key": tuple(told.get("partition_key", ())),
+                "strict_parts": tuple((int(oid), str(name)) for oid, name in told.get("strict_parts", ())),
             }
         )
 
@@ -317,6 +327,8 @@ class Facts:
     where: Text | None = None
     #: (index, its rows inside the filter, its rows outside), for a column that holds both.
     index_sides: tuple[tuple[str, int, int], ...] = ()
+    #: (OID, constraint) of the partitions whose NOT NULL has a name of its own.
+    strict_parts: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,6 +418,9 @@ def _plan(request: Request, facts: Facts) -> Plan:
         filter=facts.where.given if facts.where else None,
         filter_sql=facts.where.canonical if facts.where else None,
         declared=column.dimension is not None,
+        partitioned=table.partitions is not None,
+        partition_key=table.partitions.key if table.partitions else (),
+        strict_parts=facts.strict_parts,
     )
 
 
@@ -534,28 +549,69 @@ def _findings(request: Request, facts: Facts, plan: Plan) -> list[Finding]:
 
 def _table_finding(table: Table) -> Finding:
     name = f"{table.schema}.{table.name}"
-    kinds = {"v": "a view", "m": "a materialized view", "f": "a foreign table", "p": "a partitioned table"}
+    kinds = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}
     if table.kind in kinds:
         return Finding(
             "table",
             f"{name} is {kinds[table.kind]}",
             False,
-            "revector upgrades plain tables.",
-            "name the plain table behind it",
+            "revector upgrades plain and partitioned tables.",
+            "name the table behind it",
         )
     if table.persistence == "t":
         return Finding(
             "table", f"{name} is temporary", False, "Other sessions cannot see it.", "name a permanent table"
         )
-    if table.has_children or table.is_child:
+    if table.parent is not None:
         return Finding(
             "table",
-            f"{name} has inheritance parents, children or partitions",
+            f"{name} is a partition of {table.parent}",
+            False,
+            "One column cannot have two names in one partitioned table.",
+            f"name the whole table: {table.parent}",
+        )
+    if table.partitions is None and (table.has_children or table.is_child):
+        return Finding(
+            "table",
+            f"{name} has inheritance parents or children",
             False,
             "A trigger does not reach inheritance children.",
-            "name a plain table",
+            "make it a plain or a partitioned table",
         )
-    return Finding("table", f"{name}, key {', '.join(table.key) or 'none'}, {table.total_bytes / 2**20:,.1f} MiB")
+    told = f"{name}, key {', '.join(table.key) or 'none'}, {table.total_bytes / 2**20:,.1f} MiB"
+    return _partitions_finding(name, told, table.partitions) if table.partitions else Finding("table", told)
+
+
+def _partitions_finding(name: str, told: str, partitions: Partitions) -> Finding:
+    foreign = [part.name for part in partitions.parts if part.kind == "f"]
+    if foreign:
+        return Finding(
+            "table",
+            f"{name} has foreign tables as partitions: {', '.join(foreign)}",
+            False,
+            "Neither a trigger nor an index of ours reaches a foreign table.",
+            f"detach it first: ALTER TABLE {name} DETACH PARTITION {foreign[0]}",
+        )
+    if partitions.differing:
+        column, part = partitions.differing[0]
+        return Finding(
+            "table",
+            f"partition {part} generates {column} otherwise than {name} does",
+            False,
+            "One text expression would read other texts there than the application sees.",
+            f"give {part}.{column} the table's generation expression",
+        )
+    count = len(partitions.leaves)
+    told = f"{told}, {count} partition{'s' if count != 1 else ''} by {', '.join(partitions.key) or 'an expression'}"
+    if count > MANY_PARTITIONS:
+        return Finding(
+            "table",
+            told,
+            None,
+            "Every short lock takes all partitions at once: with many of them one attempt may not fit the pause budget.",
+            "no attempt that misses the budget changes anything; detach partitions that are no longer searched",
+        )
+    return Finding("table", told)
 
 
 def _rights_finding(server: Server, table: Table) -> Finding:
@@ -778,14 +834,14 @@ def _index_limit_finding(plan: Plan) -> Finding:
 
 def _trigger_finding(facts: Facts, plan: Plan) -> Finding:
     others = [t for t in facts.table.triggers if t.enabled != "D"]
-    later = [t.name for t in others if t.before_row and t.name.encode() > plan.trigger.encode()]
+    later = [t for t in others if t.before_row and t.name.encode() > plan.trigger.encode()]
     if later:
         return Finding(
             "triggers",
-            f"{', '.join(later)} sort(s) after ours",
+            f"{', '.join(t.name for t in later)} sort(s) after ours",
             False,
             "It could change the text after we looked.",
-            f'ALTER TRIGGER "{later[0]}" ON {facts.table.name} RENAME TO ...',
+            f'ALTER TRIGGER "{later[0].name}" ON {later[0].partition or facts.table.name} RENAME TO ...',
         )
     fired = [t.name for t in others if t.on_any_update] + list(facts.table.update_rules)
     if fired and not facts.server.may_be_replica and not plan.consents.accept_triggers:

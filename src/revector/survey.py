@@ -29,6 +29,7 @@ from revector.db import Session, block, raw, with_clause
 from revector.embed import Embedder, known_models
 from revector.errors import Refused, UsageError
 from revector.ledger import Ledger, MigrationRow, exists, require
+from revector.partitions import strict
 from revector.plan import Counts, Facts, Measured, Plan, Request, TargetIndex, draft
 from revector.settings import Settings
 from revector.work import embedder_for
@@ -125,6 +126,7 @@ def survey(
         star_statements=_star_statements(session, table),
         index_sides=_index_sides(session, table, column, where),
         downloads=downloads,
+        strict_parts=strict(session, table.oid, column.name) if table.partitions and column.not_null else (),
     )
     preliminary = draft(request, facts)
     # An index that cannot be built is a blocker of the plan, not an error of timing it.

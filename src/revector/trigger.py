@@ -26,7 +26,14 @@ def create(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
         outside = block("trigger", "outside_expanded", inside=_inside(plan), live=live, candidate=candidate) + sql.SQL(
             ";"
         )
-    body = block("trigger", "body_expanded", text_changed=_text_changed(plan), candidate=candidate, outside=outside)
+    body = block(
+        "trigger",
+        "body_expanded",
+        text_changed=_text_changed(plan),
+        candidate=candidate,
+        outside=outside,
+        **_movement(plan, plan.column, plan.new.column),
+    )
     return [
         block(
             "trigger",
@@ -72,6 +79,7 @@ def served(plan: Plan, live: Generation, live_column: str, other_column: str) ->
         other_views=sql.Literal(own_name(plan.schema, plan.table, other.number)),
         not_null=not_null,
         outside=outside,
+        **_movement(plan, live_column, other_column),
     )
     return _function("replace_function", plan, body)
 
@@ -97,19 +105,19 @@ def drop(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
 def check(session: Session, plan: Plan) -> None:
     """Refuse to go on when the trigger is missing, silenced, or no longer the last: writes may have been missed."""
     row = session.row(block("trigger", "alive"), table=plan.table_oid, trigger=plan.trigger)
-    if row is not None and row.always and row.last:
+    if row is None:
         return
-    table, name = sql.Identifier(plan.schema, plan.table), sql.Identifier(plan.trigger)
+    table, name = sql.Identifier(row.schema, row.relation), sql.Identifier(plan.trigger)
     enable = block("trigger", "enable_trigger", table=table, trigger=name).as_string(None)
     create = block("trigger", "create_trigger", table=table, trigger=name, function=sql.Identifier(plan.function))
-    if row is None:
+    if row.always is None:
         problem, repair = "is missing", f"{create.as_string(None)}; {enable};"
     elif not row.always:
         problem, repair = "is not enabled ALWAYS", f"{enable};"
     else:
         problem, repair = "is no longer the last to fire", "rename the trigger that sorts after it"
     raise Refused(
-        f"{plan.table}: the trigger {plan.trigger} {problem}",
+        f"{row.relation}: the trigger {plan.trigger} {problem}",
         why="Someone changed the table's triggers; edits since then may have kept vectors of their old texts.",
         hint=f"{repair}\nthen set the vectors of the rows edited meanwhile to NULL, and give the same command again",
     )
@@ -145,6 +153,30 @@ def _inside(plan: Plan) -> sql.Composable:
 def _of_row(plan: Plan, function: str, row: Literal["OLD", "NEW"]) -> sql.Composable:
     columns = sql.SQL(", ").join(sql.SQL("{}.{}").format(sql.SQL(row), sql.Identifier(n)) for n, _ in plan.text_columns)
     return sql.SQL("revector.{} ({})").format(sql.Identifier(function), columns)
+
+
+def _movement(plan: Plan, *columns: str) -> dict[str, sql.Composable]:
+    """What lets a row keep its vectors when an UPDATE moves it to another partition, which is an INSERT there.
+
+    The UPDATE leaves a mark of the row's text and vectors in its transaction; an INSERT that bears it is the same row,
+    or one that is as right. Nothing of it is in the functions of a table that is not partitioned.
+    """
+    if not plan.partitioned:
+        return {"moving": sql.SQL(""), "moved": sql.SQL("")}
+    new = sql.SQL("NEW")
+    vectors = [sql.SQL("NEW.{}").format(sql.Identifier(name)) for name in columns]
+    mark = sql.SQL("pg_catalog.md5(ROW({})::pg_catalog.text)").format(
+        sql.SQL(", ").join([_of_row(plan, plan.text_function, "NEW"), *vectors])
+    )
+    keys = [sql.Identifier(name) for name in plan.partition_key]
+    key_changed = sql.SQL("pg_catalog.record_image_ne(ROW({}), ROW({}))").format(
+        *(sql.SQL(", ").join(sql.SQL("{}.{}").format(row, k) for k in keys) for row in (sql.SQL("OLD"), new))
+    )
+    return {
+        "moving": block("trigger", "moving", mark=mark, key_changed=key_changed if keys else sql.SQL("true"))
+        + sql.SQL(";"),
+        "moved": block("trigger", "moved", mark=mark) + sql.SQL(";"),
+    }
 
 
 def _changed(column: sql.Identifier) -> sql.Composable:

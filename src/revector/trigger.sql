@@ -25,10 +25,28 @@ CREATE FUNCTION revector.{function} () RETURNS trigger LANGUAGE plpgsql AS {body
 -- lock: SHARE ROW EXCLUSIVE or stronger on the table, taken by the caller in the same transaction
 CREATE OR REPLACE FUNCTION revector.{function} () RETURNS trigger LANGUAGE plpgsql AS {body};
 
+-- name: moving
+-- An UPDATE that changes what decides a row's partition: its INSERT into the other partition is to keep what we leave here.
+-- lock: none
+IF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' AND {key_changed} THEN
+    PERFORM pg_catalog.set_config('revector.moved', {mark}, true);
+  END IF;
+
+-- name: moved
+-- The second half of such an UPDATE, known by its text and vectors: they are right as they are.
+-- lock: none
+IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' AND pg_catalog.current_setting('revector.moved', true) OPERATOR(pg_catalog.<>) '' THEN
+    IF pg_catalog.current_setting('revector.moved') OPERATOR(pg_catalog.=) {mark} THEN
+      PERFORM pg_catalog.set_config('revector.moved', '', true);
+      RETURN NEW;
+    END IF;
+  END IF;
+
 -- name: body_expanded
 -- Before SERVED: the live column is never touched; the candidate becomes NULL when the text changes.
 -- lock: none
 BEGIN
+  {moved}
   IF pg_catalog.current_setting('revector.writer', true) OPERATOR(pg_catalog.=) 'on' THEN
     IF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' THEN
       IF {text_changed} THEN NEW.{candidate} := NULL; END IF;
@@ -45,6 +63,7 @@ BEGIN
   ELSE
     NEW.{candidate} := OLD.{candidate};
   END IF;
+  {moving}
   RETURN NEW;
 END
 
@@ -55,6 +74,7 @@ DECLARE
   schema_name pg_catalog.name;
   owns_other boolean := false;
 BEGIN
+  {moved}
   IF pg_catalog.current_setting('revector.writer', true) OPERATOR(pg_catalog.=) 'on' THEN
     IF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' THEN
       IF {text_changed} THEN NEW.{live} := NULL; NEW.{other} := NULL; END IF;
@@ -86,6 +106,7 @@ BEGIN
       NEW.{other} := OLD.{other};
     END IF;
   END IF;
+  {moving}
   RETURN NEW;
 END
 
@@ -148,10 +169,21 @@ DROP FUNCTION IF EXISTS revector.{function} ({types});
 DROP FUNCTION IF EXISTS revector.{function} ({types});
 
 -- name: alive
--- Whether our trigger is there, fires ALWAYS, and is the last of the row's BEFORE triggers.
+-- The relations on which our trigger is missing, does not fire ALWAYS, or is not the last of the row's BEFORE triggers.
 -- lock: none
-SELECT t.tgenabled = 'A' AS always,
-       NOT EXISTS (SELECT FROM pg_trigger o WHERE o.tgrelid = t.tgrelid AND NOT o.tgisinternal AND o.oid <> t.oid
-                    AND o.tgtype & 3 = 3 AND o.tgtype & 20 <> 0 AND o.tgenabled <> 'D'
-                    AND o.tgname::text COLLATE "C" > t.tgname::text COLLATE "C") AS last
-  FROM pg_trigger t WHERE t.tgrelid = %(table)s::oid AND t.tgname = %(trigger)s;
+WITH RECURSIVE tree AS (
+  SELECT c.oid, c.relkind FROM pg_class c WHERE c.oid = %(table)s::oid
+  UNION ALL
+  SELECT c.oid, c.relkind FROM tree p
+    JOIN pg_inherits i ON i.inhparent = p.oid AND NOT i.inhdetachpending JOIN pg_class c ON c.oid = i.inhrelid
+   WHERE p.relkind = 'p')
+SELECT n.nspname AS schema, c.relname AS relation, found.always, found.last
+  FROM tree p JOIN pg_class c ON c.oid = p.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+  LEFT JOIN LATERAL (
+    SELECT t.tgenabled = 'A' AS always,
+           NOT EXISTS (SELECT FROM pg_trigger o WHERE o.tgrelid = t.tgrelid AND NOT o.tgisinternal AND o.oid <> t.oid
+                        AND o.tgtype & 3 = 3 AND o.tgtype & 20 <> 0 AND o.tgenabled <> 'D'
+                        AND o.tgname::text COLLATE "C" > t.tgname::text COLLATE "C") AS last
+      FROM pg_trigger t WHERE t.tgrelid = p.oid AND t.tgname = %(trigger)s) AS found ON true
+ WHERE (found.always AND found.last) IS NOT TRUE
+ LIMIT 1;

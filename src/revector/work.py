@@ -319,14 +319,14 @@ class Work:
         )
         return sql.SQL("DO {}").format(sql.Literal(body.as_string(None)))
 
-    def drop_index(self, name: str) -> None:
+    def drop_index(self, name: str, schema: str | None = None) -> None:
         """Drop an index of ours without stopping anyone; one that is not in the ledger stays."""
         if ("index", name) not in self.ledger.owned():
             return
         # lock_timeout = 0: CONCURRENTLY waits for old transactions, and blocks nobody while it waits.
         self.control.execute("SET lock_timeout = 0")
         try:
-            self.control.execute(block("work", "drop_index", name=sql.Identifier(self.schema, name)))
+            self.control.execute(block("work", "drop_index", name=sql.Identifier(schema or self.schema, name)))
         finally:
             if not self.control.connection.closed:
                 self.control.execute("SET lock_timeout = '5s'")

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "db": {"errors", "settings", "embed", "quality"},
     "partitions": {"errors", "db"},
     "catalog": {"errors", "settings", "embed", "quality", "db", "partitions"},
-    "plan": {"errors", "settings", "embed", "quality", "catalog"},
+    "plan": {"errors", "settings", "embed", "quality", "catalog", "partitions"},
     # what is done; neither a phase nor what it is given knows the ledger
     "trigger": {"errors", "db", "catalog", "plan"},
     "work": {"errors", "settings", "embed", "db", "catalog", "plan", "partitions"},
@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "ledger": {"errors", "settings", "embed", "db", "plan"},
     "search": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work"},
     "knowledge_base": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "search", "work", "survey"},
-    "survey": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work"},
+    "survey": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work", "partitions"},
     "follow": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work", "phases", "trigger"},
     "migration": {"errors", "settings", "embed", "quality", "db", "catalog", "plan"}
     | {"trigger", "work", "phases", "ledger", "search", "survey", "follow"},

@@ -11,6 +11,7 @@ import pytest
 from revector.catalog import Column, Dependent, Index, Server, Table, Text, Trigger
 from revector.embed.spec import Identity
 from revector.errors import Refused
+from revector.partitions import Part, Partitions
 from revector.plan import (
     Consents,
     Counts,
@@ -32,6 +33,7 @@ def identity(model: str, dimension: int) -> Identity:
 
 
 COLUMN = Column(3, "embedding", "public.vector(384)", "vector", "b", 384, False, "", "", None, None)
+PART = Part(20000, 16384, "public", "kb_p0", "r", 100.0, 8192, 8192)
 IVFFLAT = Index(90, "kb_idx", "ivfflat", True, (3,), "public.vector_l2_ops", (("lists", "100"),), None, None, 8192, "")
 HNSW = Index(91, "kb_hnsw", "hnsw", True, (3,), "public.vector_cosine_ops", (("m", "24"),), None, None, 8192, "")
 
@@ -56,6 +58,8 @@ def facts(**changes: Any) -> Facts:
         "forces_row_security",
         "has_children",
         "update_rules",
+        "partitions",
+        "parent",
     ):
         if name in changes:
             made = replace(made, table=replace(made.table, **{name: changes.pop(name)}))
@@ -77,7 +81,10 @@ def test_a_plain_table_has_no_blocker() -> None:
     ("changes", "title"),
     [
         ({"kind": "v"}, "table"),
-        ({"kind": "p"}, "table"),
+        ({"kind": "f"}, "table"),
+        ({"parent": "public.whole"}, "table"),
+        ({"partitions": Partitions((replace(PART, kind="f"),), ("tenant",), ())}, "table"),
+        ({"partitions": Partitions((PART,), ("tenant",), (("body", "kb_p0"),))}, "table"),
         ({"persistence": "t"}, "table"),
         ({"has_children": True}, "table"),
         ({"owned": False}, "rights"),

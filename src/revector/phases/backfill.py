@@ -42,6 +42,8 @@ _LONGEST_GAP: Final = 5.0
 #: How long a writer keeps asking for ROW EXCLUSIVE while somebody's DDL holds the table.
 _LOCK_PATIENCE: Final = 120.0
 _FILL_LIMIT: Final = 256
+#: Attempts at a write-back between whose snapshot and lock rows are moved to other leaves.
+_MOVES: Final = 20
 #: Little-endian machines store what COPY wants big-endian; (type name) -> (element type, bytes of an element).
 _ELEMENT: Final = {"vector": ">f4", "halfvec": ">f2"}
 
@@ -334,7 +336,7 @@ class _Sweep:
         with entered(self.work, session, window.leaf) as at:
             column = at.columns[self.work.plan.new.number]
             statement = block("phases/backfill", "write_place", column=column, table=at.table, **parts)
-            rows = session.execute(statement, place=place, lo=f"({window.lo},0)", hi=f"({window.hi},0)")
+            rows = at.write(statement, place=place, lo=f"({window.lo},0)", hi=f"({window.hi},0)")
             return rows, session.value(block("phases/backfill", "hot"), table=window.leaf.oid) - at.hot
 
     def _next_gap(self, session: Session, leaf: Leaf, gap: float, share: float) -> float:
@@ -387,6 +389,22 @@ class _Entered:
     columns: dict[int, sql.Identifier]
     #: HOT updates that the session had made before.
     hot: int
+    session: Session
+    #: Whether an UPDATE of the application's can move rows to another leaf.
+    moves: bool
+
+    def write(self, statement: sql.Composable, **params: object) -> int:
+        """Run a write-back; returns the rows written.
+
+        A row that is moved to another leaf between our snapshot and our lock is an error even where locked rows are
+        skipped; a new statement has a new snapshot, which does not see it. What is left after so many stays pending.
+        """
+        if not self.moves:
+            return self.session.execute(statement, **params)
+        for _ in range(_MOVES):
+            with suppress(pg.SerializationFailure), self.session.transaction():
+                return self.session.execute(statement, **params)
+        return 0
 
 
 @contextmanager
@@ -416,7 +434,8 @@ def entered(work: Work, session: Session, leaf: Leaf) -> Iterator[_Entered]:
         if not row.attached:
             raise Detached(leaf.name)
         columns = {work.plan.old.number: row.old_column, work.plan.new.number: row.new_column}
-        yield _Entered(table, {number: sql.Identifier(name) for number, name in columns.items() if name}, row.hot)
+        names = {number: sql.Identifier(name) for number, name in columns.items() if name}
+        yield _Entered(table, names, row.hot, session, leaf.oid != work.plan.table_oid)
 
 
 def _enter(work: Work, session: Session, table: sql.Identifier, leaf: Leaf) -> None:
@@ -617,9 +636,9 @@ class Filler:
         with entered(self.work, self.session, leaf) as at:
             parts = {"table": at.table, "text": raw(plan.text_sql), "new": at.columns[plan.new.number]}
             if plan.old.number in self.numbers:
-                count = self.session.execute(block("phases/backfill", "fill", old=at.columns[plan.old.number], **parts))
+                count = at.write(block("phases/backfill", "fill", old=at.columns[plan.old.number], **parts))
             else:
-                count = self.session.execute(block("phases/backfill", "fill_candidate", **parts))
+                count = at.write(block("phases/backfill", "fill_candidate", **parts))
         self.written += count
         return count
 
@@ -655,7 +674,7 @@ def copy_outside(work: Work) -> int:
                         new=at.columns[work.plan.new.number],
                         inside=raw(work.plan.inside),
                     )
-                    written += session.execute(statement, tids=places[place])
+                    written += at.write(statement, tids=places[place])
     return written
 
 
@@ -692,6 +711,6 @@ def refresh(work: Work) -> int:
             with suppress(Detached), entered(work, session, leaf) as at:
                 column = at.columns[plan.old.number]
                 statement = block("phases/backfill", "renew", table=at.table, column=column, text=raw(plan.text_sql))
-                renewed += session.execute(statement)
+                renewed += at.write(statement)
             work.observe(Progress("refresh", done, len(windows), "windows"))
     return renewed

@@ -7,7 +7,7 @@ longer guarded. A crash leaves a prefix of the steps; each looks first at what i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 import psycopg
@@ -16,7 +16,8 @@ from psycopg import sql
 from revector import trigger
 from revector.db import PENDING, block, raw
 from revector.errors import Busy, GateFailed
-from revector.plan import Generation, Plan, own_name
+from revector.partitions import below, index_parts
+from revector.plan import Generation, Plan, cut_name, own_name
 from revector.work import Outcome, Work
 
 Command = Literal["finalize", "abort"]
@@ -49,9 +50,13 @@ def run(
         raise Busy(f"a worker still writes to {plan.table}", hint=f"stop it, then: revector {command} {plan.argument}")
     if guarded and plan.not_null:
         _validate(work, command)
+    doomed = (keep.pending_index, drop.pending_index, *_vector_indexes(plan, drop))
     with work.step(f"{command}.drop_indexes"):
-        for name in (keep.pending_index, drop.pending_index, *_vector_indexes(plan, drop)):
-            work.drop_index(name)
+        if plan.partitioned:
+            _drop_from_partitions(work, command, stage, keep, drop, doomed)
+        else:
+            for name in doomed:
+                work.drop_index(name)
     column = work.column(drop)
     if column is not None:
         statements = [block("phases/finalize", "drop_column", table=work.table, column=sql.Identifier(column))]
@@ -91,6 +96,7 @@ def _close(work: Work, command: Command, stage: str, keep: Generation, guarded: 
         statements.insert(0, work.none_pending(keep, column, refused, also_without_text=plan.not_null))
         if plan.not_null:
             add = "not_null_named" if work.control.connection.info.server_version >= 180000 else "not_null_check"
+            statements += _strict(work, column)
             statements.append(
                 block(
                     "phases/finalize",
@@ -112,6 +118,22 @@ def _close(work: Work, command: Command, stage: str, keep: Generation, guarded: 
             if plan.not_null:
                 _refuse_without_vector(work, keep, command)
             work.catch_up([keep.number])
+
+
+def _strict(work: Work, column: str) -> list[sql.Composable]:
+    """NOT NULL under its own name, for the partitions that had it so; the table's is merged into it."""
+    names = dict(work.plan.strict_parts)
+    return [
+        block(
+            "phases/finalize",
+            "not_null_named",
+            table=part.identifier,
+            name=sql.Identifier(names[part.oid]),
+            column=sql.Identifier(column),
+        )
+        for part in (below(work.control, work.plan.table_oid) if names else ())
+        if part.oid in names
+    ]
 
 
 def _constraint(plan: Plan) -> str:
@@ -158,6 +180,65 @@ def _refuse_without_vector(work: Work, keep: Generation, command: Command) -> No
             hint=f"give them a text or delete them (SELECT ... WHERE {column} IS NULL),"
             f" then: revector {command} {work.plan.argument}",
         )
+
+
+def _drop_from_partitions(
+    work: Work, command: Command, stage: str, keep: Generation, drop: Generation, doomed: Sequence[str]
+) -> None:
+    """CONCURRENTLY is not to be had for the index of a partitioned table: all of them go in one short message."""
+    plan, owned = work.plan, work.ledger.owned()
+    found = work.control.rows(block("phases/finalize", "indexes_of"), table=plan.table_oid, names=list(doomed))
+    present = {row.name: row.oid for row in found}
+    for number, (kept, dropped) in enumerate(
+        zip(plan.index_names_of(keep, live=True), _matching(plan, drop, keep), strict=True), 1
+    ):
+        if command == "finalize":
+            _hand_over_names(work, kept, present.get(dropped or ""), keep, drop, f"_{number}")
+    ours = [name for name in doomed if name in present and ("index", name) in owned]
+    statements = [
+        block("phases/finalize", "drop_index_of_all", name=sql.Identifier(work.schema, name)) for name in ours
+    ]
+    if statements:
+        work.pause(f"{command}.drop_indexes", statements, stages=[stage], closing=command, was_closing=command)
+    # What is left of ours hangs on a partition that was never attached to, or was detached from, the table's index.
+    tables = [part.oid for part in below(work.control, plan.table_oid)]
+    for name, oid in [(name, oid) for (kind, name), oid in owned.items() if kind == "index"]:
+        left = work.control.row(block("phases/finalize", "standing_alone"), name=name, index=oid, tables=tables)
+        if left is not None:
+            work.drop_index(left.name, left.schema)
+        elif name in ours:
+            work.ledger.disown("index", name)
+
+
+def _matching(plan: Plan, drop: Generation, keep: Generation) -> list[str | None]:
+    """For each vector index that stays, the one that it replaces, if there was one."""
+    names: list[str | None] = [*_vector_indexes(plan, drop)]
+    return names + [None] * (len(plan.index_names_of(keep, live=True)) - len(names))
+
+
+def _hand_over_names(
+    work: Work, kept: str, dropped: int | None, keep: Generation, drop: Generation, suffix: str
+) -> None:
+    """Let each partition's new index take the name of the one that goes; nothing but the two names is locked."""
+    plan = work.plan
+    root = work.control.value(block("phases/finalize", "index_named"), schema=work.schema, name=kept)
+    if root is None:
+        return
+    outgoing = index_parts(work.control, dropped) if dropped is not None else {}
+    parts = {part.oid: part for part in below(work.control, plan.table_oid)}
+    for relation, index in index_parts(work.control, root).items():
+        part = parts.get(relation)
+        if part is None or index.name != own_name(part.schema, part.name, keep.number, suffix):
+            continue
+        old = outgoing.get(relation)
+        renames = [(index, old.name if old else cut_name(f"{part.name}_{plan.column}", "_idx"))]
+        if old is not None:
+            renames.insert(0, (old, own_name(part.schema, part.name, drop.number, suffix)))
+        with work.control.transaction():
+            for this, name in renames:
+                work.control.execute(
+                    block("phases/finalize", "rename_index", index=this.identifier, name=sql.Identifier(name))
+                )
 
 
 def _vector_indexes(plan: Plan, generation: Generation) -> list[str]:

@@ -41,3 +41,33 @@ SELECT count(*) AS rows FROM {table} AS t
 -- lock: ACCESS EXCLUSIVE
 ALTER TABLE {table} DROP COLUMN IF EXISTS {column};
 
+-- name: indexes_of
+-- Which of these indexes the table has.
+-- lock: none
+SELECT c.oid, c.relname AS name
+  FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+ WHERE i.indrelid = %(table)s::oid AND c.relname = ANY (%(names)s);
+
+-- name: index_named
+-- The index of this name.
+-- lock: none
+SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname = %(schema)s AND c.relname = %(name)s AND c.relkind IN ('i', 'I');
+
+-- name: rename_index
+-- A partition's index takes the name that its users know.
+-- lock: SHARE UPDATE EXCLUSIVE on the index
+ALTER INDEX {index} RENAME TO {name};
+
+-- name: drop_index_of_all
+-- An index of a partitioned table goes, with its part on every partition.
+-- lock: ACCESS EXCLUSIVE
+DROP INDEX IF EXISTS {name};
+
+-- name: standing_alone
+-- An index of ours that is no part of another, on a partition that is or was the table's.
+-- lock: none
+SELECT n.nspname AS schema, c.relname AS name
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_index x ON x.indexrelid = c.oid
+ WHERE c.relkind = 'i' AND c.relname = %(name)s AND (c.oid = %(index)s::oid OR x.indrelid = ANY (%(tables)s::oid[]))
+   AND NOT EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid);

@@ -9,32 +9,41 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
 
 from psycopg import errors as pg
 from psycopg import sql
 
 from revector.db import block, raw, with_clause
 from revector.errors import Interrupted, Refused
-from revector.plan import Generation, Plan, TargetIndex
+from revector.partitions import Leaf, Part, below, index_parts
+from revector.plan import Generation, Plan, TargetIndex, own_name
 from revector.work import Outcome, Progress, Work
+
+
+class _Make(Protocol):
+    """What renders the statement of one index on one relation; `root`: on a partitioned one, alone."""
+
+    def __call__(self, table: sql.Composable, name: str, *, root: bool = False) -> sql.Composable: ...
 
 
 def run(work: Work) -> Outcome:
     """Build what is not there yet; INDEXED is proven when all of it is valid."""
-    built = []
-    for target, statement in zip(work.plan.indexes, statements(work.plan, work.table), strict=False):
+    plan, built = work.plan, []
+    for number, target in enumerate(plan.indexes, 1):
         with work.step("index.build") as told:
             told |= {
                 "index": target.name,
                 "method": target.method,
-                **build(work, target.name, statement, work.plan.new),
+                **_everywhere(work, target.name, f"_{number}", plan.new, partial(_vector_statement, plan, target)),
             }
             built.append(target.describe())
     with work.step("index.pending") as told:
-        for generation, statement in zip(
-            (work.plan.new, work.plan.old), _pending_statements(work.plan, work.table), strict=True
-        ):
-            told[generation.pending_index] = build(work, generation.pending_index, statement, generation)["built"]
+        for generation in (plan.new, plan.old):
+            name = generation.pending_index
+            make = partial(_pending_statement, plan, generation)
+            told[name] = _everywhere(work, name, "_pending", generation, make)["built"]
     with work.step("index.analyze"):
         work.control.execute(block("phases/index", "analyze", table=work.table))
     with work.step("index", stage="INDEXED") as told:
@@ -45,17 +54,19 @@ def run(work: Work) -> Outcome:
 def statements(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
     """Everything that the phase executes, the vector indexes first."""
     return [
-        *(_vector_statement(plan, target, table) for target in plan.indexes),
-        *_pending_statements(plan, table),
+        *(_vector_statement(plan, target, table, target.name) for target in plan.indexes),
+        *(_pending_statement(plan, g, table, g.pending_index) for g in (plan.new, plan.old)),
         block("phases/index", "analyze", table=table),
     ]
 
 
-def _vector_statement(plan: Plan, target: TargetIndex, table: sql.Composable) -> sql.Composable:
+def _vector_statement(
+    plan: Plan, target: TargetIndex, table: sql.Composable, name: str, *, root: bool = False
+) -> sql.Composable:
     return block(
         "phases/index",
-        "vector_index",
-        name=sql.Identifier(target.name),
+        "vector_root" if root else "vector_index",
+        name=sql.Identifier(name),
         table=table,
         method=sql.Identifier(target.method),
         key=raw(target.key(sql.Identifier(plan.new.column).as_string(None))),
@@ -65,42 +76,113 @@ def _vector_statement(plan: Plan, target: TargetIndex, table: sql.Composable) ->
     )
 
 
-def _pending_statements(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
-    """One for the candidate, and one for the live generation, whose pending rows count from SERVED on.
+def _pending_statement(
+    plan: Plan, generation: Generation, table: sql.Composable, name: str, *, root: bool = False
+) -> sql.Composable:
+    """The candidate has one, and so has the live generation, whose pending rows count from SERVED on.
 
     Where the column was NOT NULL, rows without a text are in it too: closing must find any row without a vector.
     """
     has_text = sql.SQL("") if plan.not_null else sql.SQL(" AND ({}) IS NOT NULL").format(raw(plan.text_sql))
-    return [
-        block(
-            "phases/index",
-            "pending_index",
-            name=sql.Identifier(name),
-            table=table,
-            column=sql.Identifier(column),
-            has_text=has_text,
-        )
-        for name, column in ((plan.new.pending_index, plan.new.column), (plan.old.pending_index, plan.column))
-    ]
+    column = plan.new.column if generation.number == plan.new.number else plan.column
+    return block(
+        "phases/index",
+        "pending_root" if root else "pending_index",
+        name=sql.Identifier(name),
+        table=table,
+        column=sql.Identifier(column),
+        has_text=has_text,
+    )
 
 
-def build(work: Work, name: str, statement: sql.Composable, generation: Generation) -> dict[str, object]:
-    """Make one index of ours, unless it is there and valid; an INVALID one of ours is dropped first."""
-    schema = work.schema
+def _everywhere(work: Work, name: str, suffix: str, generation: Generation, make: _Make) -> dict[str, object]:
+    """One index of the whole table: of a partitioned one, the table's own first, then each partition's, attached.
+
+    Once the table's own is there, the server makes its part on any partition that is created or attached later.
+    """
+    plan, table = work.plan, work.table
+    if not plan.partitioned:
+        return build(work, Leaf(plan.table_oid, work.schema, plan.table), name, make(table, name), generation)
+    schema, built = work.schema, 0
+    state = _state(work, schema, name, plan.table_oid)
+    if state is None:
+        _briefly(work, table, [make(table, name, root=True)], schema, name, generation)
+        state = _state(work, schema, name, plan.table_oid)
+    assert state is not None
+    # A partition may be created while others are built, and may be dropped: the tree is read again before each.
+    while (part := _without(work, state.oid)) is not None:
+        try:
+            built += _add_part(work, state.oid, part, suffix, generation, make)
+        except pg.UndefinedTable:
+            if any(other.oid == part.oid for other in below(work.control, plan.table_oid)):
+                raise
+    state = _state(work, schema, name, plan.table_oid)
+    if state is None or not state.valid:
+        raise Refused(f"index {name} is not valid after it was built", hint=f"revector run {plan.argument}")
+    return {"built": built > 0, "parts": built}
+
+
+def _add_part(work: Work, index: int, part: Part, suffix: str, generation: Generation, make: _Make) -> bool:
+    """Build the part of an index that one partition lacks, and attach it; says whether it had to be built."""
+    name, built = own_name(part.schema, part.name, generation.number, suffix), False
+    statements: list[sql.Composable] = []
+    if part.kind == "r":
+        built = bool(build(work, part, name, make(part.identifier, name), generation)["built"])
+    elif _state(work, part.schema, name, part.oid) is None:
+        statements.append(make(part.identifier, name, root=True))
+    above = index_parts(work.control, index)[part.parent]
+    statements.append(block("phases/index", "attach", index=above.identifier, part=sql.Identifier(part.schema, name)))
+    _briefly(work, part.identifier, statements, part.schema, name, generation)
+    return built
+
+
+def _without(work: Work, index: int) -> Part | None:
+    """The first partition that has no part of this index yet, parents first."""
+    work.check_stop()
+    present = index_parts(work.control, index)
+    return next((part for part in below(work.control, work.plan.table_oid) if part.oid not in present), None)
+
+
+def _briefly(
+    work: Work,
+    relation: sql.Composable,
+    statements: list[sql.Composable],
+    schema: str,
+    name: str,
+    generation: Generation,
+) -> None:
+    """Make or attach one index while nobody uses that one relation, within the pause budget."""
+    work.ledger.own("index", name, 0, generation.number)
+    work.database.pause(work.control, sql.SQL("ONLY {}").format(relation), statements, settle=True, observe=work.note)
     state = work.control.row(block("phases/index", "state"), schema=schema, name=name)
+    work.ledger.own("index", name, state.oid if state else 0, generation.number)
+
+
+def _state(work: Work, schema: str, name: str, relation: int) -> Any | None:
+    """The index of this name, if there is one; refused when it is not ours or on another relation."""
+    state = work.control.row(block("phases/index", "state"), schema=schema, name=name)
+    if state is not None and (("index", name) not in work.ledger.owned() or state.table_oid != relation):
+        raise Refused(
+            f"{schema}.{name} exists and is not revector's",
+            why="It is not in the ledger, so it is yours and is not touched.",
+            hint=f"rename or drop it, then: revector run {work.plan.argument}",
+        )
+    return state
+
+
+def build(
+    work: Work, relation: Leaf | Part, name: str, statement: sql.Composable, generation: Generation
+) -> dict[str, object]:
+    """Make one index of ours, unless it is there and valid; an INVALID one of ours is dropped first."""
+    schema = relation.schema
+    state = _state(work, schema, name, relation.oid)
     if state is not None:
-        if ("index", name) not in work.ledger.owned() or state.table_oid != work.plan.table_oid:
-            raise Refused(
-                f"{schema}.{name} exists and is not revector's",
-                why="It is not in the ledger, so it is yours and is not touched.",
-                hint=f"rename or drop it, then: revector run {work.plan.argument}",
-            )
         if state.valid:
             return {"built": False}
         work.note(f"index {name} was left INVALID; building it again")
-        work.drop_index(name)
+        work.drop_index(name, schema)
     work.ledger.own("index", name, 0, generation.number)
-    with _watched(work):
+    with _watched(work, relation.oid):
         # lock_timeout = 0: CONCURRENTLY waits for old transactions, and blocks nobody while it waits.
         work.control.execute("SET lock_timeout = 0")
         try:
@@ -120,7 +202,7 @@ def build(work: Work, name: str, statement: sql.Composable, generation: Generati
 
 
 @contextmanager
-def _watched(work: Work) -> Iterator[None]:
+def _watched(work: Work, relation: int) -> Iterator[None]:
     """Tell how far CREATE INDEX is, and cancel it when the user asks to stop."""
     done = threading.Event()
     pid = work.control.connection.info.backend_pid
@@ -132,7 +214,7 @@ def _watched(work: Work) -> Iterator[None]:
                 if work.stop():
                     session.execute("SELECT pg_cancel_backend(%(pid)s)", pid=pid)
                     return
-                row = session.row(block("phases/index", "progress"), table=work.plan.table_oid, pid=pid)
+                row = session.row(block("phases/index", "progress"), table=relation, pid=pid)
                 if row is None:
                     continue
                 if row.waiting and row.locker and row.locker != told:

@@ -3,10 +3,25 @@
 -- lock: SHARE UPDATE EXCLUSIVE, for long
 CREATE INDEX CONCURRENTLY {name} ON {table} USING {method} ({key} {opclass}){parameters}{predicate};
 
+-- name: vector_root
+-- The same on a partitioned table alone: its parts are built one by one, and one of a later partition by the server.
+-- lock: ACCESS EXCLUSIVE on the partitioned table alone, which holds no row
+CREATE INDEX {name} ON ONLY {table} USING {method} ({key} {opclass}){parameters}{predicate};
+
 -- name: pending_index
 -- The small index that finds a generation's pending rows; made after the sweeps, for with it no update is HOT.
 -- lock: SHARE UPDATE EXCLUSIVE, for a scan
 CREATE INDEX CONCURRENTLY {name} ON {table} ((1)) WHERE {column} IS NULL{has_text};
+
+-- name: pending_root
+-- The same on a partitioned table alone.
+-- lock: ACCESS EXCLUSIVE on the partitioned table alone, which holds no row
+CREATE INDEX {name} ON ONLY {table} ((1)) WHERE {column} IS NULL{has_text};
+
+-- name: attach
+-- A partition's index becomes part of the table's.
+-- lock: ACCESS EXCLUSIVE on the partition, for a moment
+ALTER INDEX {index} ATTACH PARTITION {part};
 
 -- name: analyze
 -- The planner learns the new column.

@@ -10,13 +10,15 @@ from psycopg import sql
 
 from revector import trigger
 from revector.db import block
+from revector.partitions import below, strict
 from revector.plan import Plan
 from revector.work import Outcome, Work
 
 
 def run(work: Work) -> Outcome:
     """Guard both generations: SERVED is proven by the commit itself."""
-    pause = work.pause("serve", statements(work.plan, work.table), stages=["VERIFIED"], stage="SERVED")
+    relaxed = [*statements(work.plan, work.table), *_own(work)]
+    pause = work.pause("serve", relaxed, stages=["VERIFIED"], stage="SERVED")
     return Outcome(
         f"both generations are guarded; writers waited {pause.total_ms:.0f} ms at most",
         {"pause_ms": round(pause.total_ms, 1)},
@@ -31,3 +33,16 @@ def statements(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
         else []
     )
     return [*relaxed, trigger.served(plan, plan.old, plan.column, plan.new.column)]
+
+
+def _own(work: Work) -> list[sql.Composable]:
+    """The same for the partitions whose NOT NULL is their own: the table's does not reach it."""
+    plan = work.plan
+    if not (plan.partitioned and plan.not_null):
+        return []
+    found = dict(strict(work.control, plan.table_oid, plan.column))
+    return [
+        block("phases/serve", "drop_not_null", table=part.identifier, column=sql.Identifier(plan.column))
+        for part in below(work.control, plan.table_oid)
+        if part.oid in found
+    ]

@@ -16,6 +16,7 @@ from psycopg import sql
 
 from revector.db import block, raw
 from revector.errors import GateFailed
+from revector.partitions import index_parts
 from revector.plan import Generation, TargetIndex
 from revector.work import Outcome, Progress, Work
 
@@ -193,13 +194,16 @@ def _used(work: Work, generation: Generation, target: TargetIndex, queries: NDAr
     }
     texts = ["[" + ",".join(f"{x:.7g}" for x in q) + "]" for q in queries.tolist()]
     # Of two indexes that serve the same search the planner takes either.
-    twins = {t.name for t in plan.indexes if (t.opclass, t.predicate) == (target.opclass, target.predicate)}
+    twins = [
+        _names(work, t.name) for t in plan.indexes if (t.opclass, t.predicate) == (target.opclass, target.predicate)
+    ]
     uses = {}
     for label, setting in (("when asked to", "enable_seqscan"), ("plainly", "jit")):
         with work.control.transaction():
             work.control.execute("SELECT set_config(%(s)s, 'off', true)", s=setting)
             explained = work.control.value(block("phases/verify", "explain", **parts), vector=texts[0])
-            uses[label] = not twins.isdisjoint(_indexes_of(explained))
+            # Of a partitioned table every partition must be searched through its part.
+            uses[label] = all(not names.isdisjoint(_indexes_of(explained)) for names in _by_leaf(twins))
     rows = _count(work)
     found = {}
     for label, settings in (("index", ("enable_seqscan",)), ("exact", ("enable_indexscan", "enable_bitmapscan"))):
@@ -222,6 +226,18 @@ def _used(work: Work, generation: Generation, target: TargetIndex, queries: NDAr
         Check(f"index {target.name} answers", figure,
               uses["when asked to"] and (uses["plainly"] or rows <= _MUST_USE_INDEX)),
     ]  # fmt: skip
+
+
+def _names(work: Work, index: str) -> dict[int, str]:
+    """Leaf -> the name of this index there; a plain table is its own leaf."""
+    oid = work.control.value(block("phases/verify", "index_oid"), table=work.plan.table_oid, name=index)
+    here = index_parts(work.control, oid) if oid is not None else {}
+    return {leaf.oid: here[leaf.oid].name for leaf in work.leaves() if leaf.oid in here}
+
+
+def _by_leaf(twins: Sequence[dict[int, str]]) -> list[set[str]]:
+    leaves = {leaf for names in twins for leaf in names}
+    return [{names[leaf] for names in twins if leaf in names} for leaf in leaves]
 
 
 def _indexes_of(explained: Any) -> set[str]:

@@ -48,3 +48,9 @@ SELECT pg_relation_size(%(table)s::oid) / current_setting('block_size')::int AS 
 -- lock: none
 SELECT i.indisvalid AS valid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
  WHERE i.indrelid = %(table)s::oid AND c.relname = %(name)s;
+
+-- name: index_oid
+-- The index of this name on the table.
+-- lock: none
+SELECT c.oid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+ WHERE i.indrelid = %(table)s::oid AND c.relname = %(name)s;
