@@ -31,9 +31,11 @@ from revector import __version__, report
 from revector.errors import Interrupted, Refused, Resumable, RevectorError, UsageError
 
 if TYPE_CHECKING:
+    from revector.db import PauseLimits
     from revector.embed import Embedder
     from revector.maintenance import Versions
     from revector.migration import Migration, Preview, Result
+    from revector.moment import Moment
     from revector.plan import Request
     from revector.settings import Settings
     from revector.terminal import Terminal
@@ -105,6 +107,7 @@ app = typer.Typer(
 )
 
 START, FORWARD, BACK, LOOK, REMOVE = "Start", "Forward", "Back", "Look", "Remove"
+PAUSE = "The short locks"
 MODELS, INDEX, CONSENTS, CUTOVER, MONEY = (
     "Models and columns",
     "New index",
@@ -327,6 +330,50 @@ WritersStopped = Annotated[
 ]
 
 
+MaxPause = Annotated[
+    int,
+    typer.Option(
+        "--max-pause-ms",
+        min=10,
+        max=10_000,
+        metavar="N",
+        rich_help_panel=PAUSE,
+        help="Longest wait + hold of one attempt at a lock, 10 to 10000. Default: 200.",
+    ),
+]
+Attempts = Annotated[
+    int,
+    typer.Option(
+        "--attempts",
+        min=1,
+        max=100,
+        metavar="N",
+        rich_help_panel=PAUSE,
+        help="Attempts at a lock, less than 400 ms apart, 1 to 100. Default: 5.",
+    ),
+]
+At = Annotated[
+    str | None,
+    typer.Option(
+        "--at",
+        metavar="TIME",
+        show_default=False,
+        rich_help_panel=PAUSE,
+        help="Swap not before HH:MM today, or an ISO time; all else is done before.",
+    ),
+]
+WhenFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--when-file",
+        metavar="PATH",
+        show_default=False,
+        rich_help_panel=PAUSE,
+        help="Swap when this file exists; all else is done before.",
+    ),
+]
+
+
 @app.callback(invoke_without_command=True)
 def _program(
     context: typer.Context,
@@ -534,6 +581,10 @@ def run(
     without_follower: WithoutFollower = False,
     bare_writers_stopped: WritersStopped = False,
     allow_pending: AllowPending = 1000,
+    max_pause_ms: MaxPause = 200,
+    attempts: Attempts = 5,
+    at: At = None,
+    when_file: WhenFile = None,
     verbose: Verbose = False,
 ) -> None:
     """Fill, index and verify the new vectors; stop before the cutover.
@@ -560,8 +611,9 @@ def run(
         include_null,
     )
     if not cutover:
-        _only_with_cutover(follow, without_follower, bare_writers_stopped, allow_pending)
+        _only_with_cutover(follow, without_follower, bare_writers_stopped, allow_pending, at, when_file)
     _not_both(follow, without_follower)
+    limits, when = _limits(max_pause_ms, attempts), _moment(at, when_file)
     if dry_run:
         _plan(table, request, verbose)
         return
@@ -575,6 +627,8 @@ def run(
             without_follower=without_follower,
             bare_writers_stopped=bare_writers_stopped,
             allow_pending=allow_pending,
+            limits=limits,
+            when=when,
         )
         _done(migration, terminal, done, began, follow=follow)
 
@@ -626,6 +680,10 @@ def cutover(
     ] = False,
     allow_failed: AllowFailed = 0,
     allow_pending: AllowPending = 1000,
+    max_pause_ms: MaxPause = 200,
+    attempts: Attempts = 5,
+    at: At = None,
+    when_file: WhenFile = None,
     verbose: Verbose = False,
 ) -> None:
     """Let the new model answer; the pause is milliseconds.
@@ -636,6 +694,7 @@ def cutover(
     Example: revector cutover knowledge_base
     """
     _not_both(follow, without_follower)
+    limits, when = _limits(max_pause_ms, attempts), _moment(at, when_file)
     with _steering(table, verbose) as (migration, terminal):
         began = time.monotonic()
         done = migration.cutover(
@@ -645,6 +704,8 @@ def cutover(
             refresh_old=refresh_old,
             allow_failed=allow_failed,
             allow_pending=allow_pending,
+            limits=limits,
+            when=when,
         )
         _done(migration, terminal, done, began, follow=follow)
 
@@ -654,6 +715,8 @@ def finalize(
     table: Table,
     drop_backup: Annotated[bool, typer.Option("--drop-backup", help="Drop the backup table too.")] = False,
     allow_failed: AllowFailed = 0,
+    max_pause_ms: MaxPause = 200,
+    attempts: Attempts = 5,
     verbose: Verbose = False,
 ) -> None:
     """Drop the old vectors: the only step without a way back.
@@ -664,7 +727,9 @@ def finalize(
     """
     with _steering(table, verbose) as (migration, terminal):
         began = time.monotonic()
-        done = migration.finalize(allow_failed=allow_failed, drop_backup=drop_backup)
+        done = migration.finalize(
+            allow_failed=allow_failed, drop_backup=drop_backup, limits=_limits(max_pause_ms, attempts)
+        )
         _done(migration, terminal, done, began)
 
 
@@ -672,7 +737,7 @@ def finalize(
 
 
 @app.command(cls=_Command, rich_help_panel=BACK)
-def abort(table: Table, verbose: Verbose = False) -> None:
+def abort(table: Table, max_pause_ms: MaxPause = 200, attempts: Attempts = 5, verbose: Verbose = False) -> None:
     """Give the migration up; the table is as it was.
 
     Changes: drops the new column, its indexes and the trigger. The vectors computed so far are lost.
@@ -681,7 +746,7 @@ def abort(table: Table, verbose: Verbose = False) -> None:
     """
     with _steering(table, verbose) as (migration, terminal):
         began = time.monotonic()
-        _done(migration, terminal, migration.abort(), began)
+        _done(migration, terminal, migration.abort(limits=_limits(max_pause_ms, attempts)), began)
 
 
 @app.command(cls=_Command, rich_help_panel=BACK)
@@ -691,6 +756,10 @@ def rollback(
     without_follower: WithoutFollower = False,
     bare_writers_stopped: WritersStopped = False,
     allow_pending: AllowPending = 1000,
+    max_pause_ms: MaxPause = 200,
+    attempts: Attempts = 5,
+    at: At = None,
+    when_file: WhenFile = None,
     verbose: Verbose = False,
 ) -> None:
     """Let the old model answer again; no write since is lost.
@@ -700,6 +769,7 @@ def rollback(
     Example: revector rollback knowledge_base
     """
     _not_both(follow, without_follower)
+    limits, when = _limits(max_pause_ms, attempts), _moment(at, when_file)
     with _steering(table, verbose) as (migration, terminal):
         began = time.monotonic()
         done = migration.rollback(
@@ -707,6 +777,8 @@ def rollback(
             without_follower=without_follower,
             bare_writers_stopped=bare_writers_stopped,
             allow_pending=allow_pending,
+            limits=limits,
+            when=when,
         )
         _done(migration, terminal, done, began, follow=follow)
 
@@ -1043,12 +1115,36 @@ def _request(
     )
 
 
-def _only_with_cutover(follow: bool, without_follower: bool, writers_stopped: bool, allow_pending: int) -> None:
+def _limits(max_pause_ms: int, attempts: int) -> PauseLimits:
+    from revector.db import PauseLimits
+
+    return PauseLimits(max_pause_ms, attempts)
+
+
+def _moment(at: str | None, when_file: Path | None) -> Moment:
+    """When the swap may happen; a time that is past is refused before anything is done."""
+    from datetime import datetime
+
+    from revector.moment import Moment, parse_time
+
+    return Moment(None if at is None else parse_time(at, datetime.now().astimezone()), when_file)
+
+
+def _only_with_cutover(
+    follow: bool,
+    without_follower: bool,
+    writers_stopped: bool,
+    allow_pending: int,
+    at: str | None,
+    when_file: Path | None,
+) -> None:
     given = [name for name, said in (
         ("--follow", follow),
         ("--without-follower", without_follower),
         ("--bare-writers-stopped", writers_stopped),
         ("--allow-pending", allow_pending != 1000),
+        ("--at", at is not None),
+        ("--when-file", when_file is not None),
     ) if said]  # fmt: skip
     if given:
         raise UsageError(

@@ -39,6 +39,11 @@ _LOG: Final = logging.getLogger("revector.sql")
 PAUSE_BUDGET_MS: Final = 200
 #: Attempts at such a lock, with gaps under 400 ms between them.
 PAUSE_ATTEMPTS: Final = 5
+#: What may be asked for: below the first no server answers, above the second it is no pause any more.
+PAUSE_BUDGETS: Final = (10, 10_000)
+PAUSE_ATTEMPTS_RANGE: Final = (1, 100)
+#: How long SHARE UPDATE EXCLUSIVE is waited for: autovacuum gives way after deadlock_timeout (1 s).
+_SETTLE: Final = "5s"
 #: SQLSTATEs that our own checks raise inside a message, with texts of ours.
 DOUBT: Final = "RV001"
 PENDING: Final = "RV002"
@@ -61,6 +66,26 @@ _GROUND: Final = {
     "extra_float_digits": "1",
     "jit": "off",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class PauseLimits:
+    """What a short lock may cost the application: wait + hold of one attempt in ms, and how many attempts."""
+
+    budget_ms: int = PAUSE_BUDGET_MS
+    attempts: int = PAUSE_ATTEMPTS
+
+    def __post_init__(self) -> None:
+        for name, value, (low, high) in (
+            ("the pause budget in ms", self.budget_ms, PAUSE_BUDGETS),
+            ("the number of attempts", self.attempts, PAUSE_ATTEMPTS_RANGE),
+        ):
+            if not low <= value <= high:
+                raise UsageError(f"{name} is {value}; it must be {low} to {high}")
+
+
+#: What holds where nobody says otherwise.
+DEFAULT_LIMITS: Final = PauseLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +352,7 @@ class Database:
         ]
         if settle:
             begin += [
-                sql.SQL("SET LOCAL lock_timeout = '5s'"),
+                sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(_SETTLE)),
                 sql.SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(table),
             ]
         clock = sql.SQL("SELECT clock_timestamp()")
@@ -342,8 +367,17 @@ class Database:
             clock,
             sql.SQL("COMMIT"),
         ]
+        why = ""
         try:
-            session.message(begin)
+            try:
+                session.message(begin)
+            except pg.LockNotAvailable:
+                session.connection.rollback()
+                raise PauseBudgetMissed(
+                    f"SHARE UPDATE EXCLUSIVE on {table.as_string(None)} was not to be had within {_SETTLE}",
+                    why=f"VACUUM, CREATE INDEX or other DDL holds the table; nobody waited for us."
+                    f" {_in_the_way(session, table)}",
+                ) from None
             for number in range(1, attempts + 1):
                 sent = time.monotonic()
                 try:
@@ -351,21 +385,18 @@ class Database:
                 except (pg.LockNotAvailable, pg.QueryCanceled):
                     stalled = (time.monotonic() - sent) * 1000
                     session.message([sql.SQL("ROLLBACK TO attempt")])
-                    observe(f"attempt {number} of {attempts}: the table was busy for {stalled:.0f} ms; nothing changed")
+                    why = _in_the_way(session, table)
+                    observe(f"attempt {number} of {attempts}: the table was busy for {stalled:.0f} ms. {why}")
                     if number < attempts:
                         time.sleep(random.uniform(0.1, 0.35))
                     continue
                 total = (time.monotonic() - sent) * 1000
                 wait, hold = ((b - a).total_seconds() * 1000 for a, b in pairwise(clocks))
                 return Pause(total, wait, hold, number)
-        except pg.LockNotAvailable:
-            pass
         finally:
             if not session.connection.closed and session.connection.info.transaction_status != 0:
                 session.connection.rollback()
-        raise PauseBudgetMissed(
-            f"no attempt of {attempts} got the lock within {budget_ms} ms", why=_in_the_way(session, table)
-        )
+        raise PauseBudgetMissed(f"no attempt of {attempts} got the lock within {budget_ms} ms", why=why)
 
 
 def _in_the_way(session: Session, table: sql.Composable) -> str:

@@ -15,10 +15,11 @@ from psycopg import sql
 from revector import ledger as ledgers
 from revector import trigger
 from revector.catalog import dependents, find_table, read_server, read_table
-from revector.db import Database, Session, block, raw, translated
+from revector.db import DEFAULT_LIMITS, Database, PauseLimits, Session, block, raw, translated
 from revector.errors import Busy, GateFailed, Interrupted, Refused, ServerLost
 from revector.follow import Follower
 from revector.ledger import NEXT, Event, Ledger, MigrationRow, Stage
+from revector.moment import AT_ONCE, Moment, wait
 from revector.phases import backfill, backup, cutover, expand, finalize, index, serve, verify
 from revector.plan import (
     DEFAULT_BATCH,
@@ -41,6 +42,8 @@ __all__ = ["STEPS", "Migration", "Preview", "Result", "Status"]
 
 #: Followers' heartbeats are written every 2 s; so long a command waits for the one that it has started itself.
 _FOLLOWER_PATIENCE: Final = 30.0
+#: Seconds between two looks at what is pending while a swap waits for its moment.
+_LOOK_WHILE_WAITING: Final = 2.0
 _PHASES: Final = ("preconditions", "backup", "expand", "backfill", "index", "verify")
 
 
@@ -257,6 +260,8 @@ class Migration:
         without_follower: bool = False,
         bare_writers_stopped: bool = False,
         allow_pending: int = 1000,
+        limits: PauseLimits = DEFAULT_LIMITS,
+        when: Moment = AT_ONCE,
     ) -> Result:
         """Preconditions, backup if asked, expand, backfill, index, verify; resumes where an earlier run stopped.
 
@@ -272,7 +277,7 @@ class Migration:
                 # Checked first: nobody wants to learn after hours that the last step cannot be taken.
                 self._check_follower(row, follow=follow, without_follower=without_follower)
                 self._check_same_dimension(row, bare_writers_stopped, "cutover")
-            work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending)
+            work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending, limits=limits)
             outcome = self._phases(row, work)
         if cutover:
             return self.cutover(
@@ -281,6 +286,8 @@ class Migration:
                 bare_writers_stopped=bare_writers_stopped,
                 allow_failed=allow_failed,
                 allow_pending=allow_pending,
+                limits=limits,
+                when=when,
             )
         return self._result("run", outcome)
 
@@ -293,8 +300,13 @@ class Migration:
         refresh_old: bool = False,
         allow_failed: int = 0,
         allow_pending: int = 1000,
+        limits: PauseLimits = DEFAULT_LIMITS,
+        when: Moment = AT_ONCE,
     ) -> Result:
-        """Let the candidate answer. From VERIFIED it first goes to SERVED; then it catches up with no lock, and swaps."""
+        """Let the candidate answer. From VERIFIED it first goes to SERVED; then it catches up with no lock, and swaps.
+
+        `limits` is what the lock may cost; `when` postpones the swap, and only the swap.
+        """
         return self._swap(
             "cutover",
             back=False,
@@ -304,6 +316,8 @@ class Migration:
             refresh_old=refresh_old,
             allow_failed=allow_failed,
             allow_pending=allow_pending,
+            limits=limits,
+            when=when,
         )
 
     def rollback(
@@ -313,6 +327,8 @@ class Migration:
         without_follower: bool = False,
         bare_writers_stopped: bool = False,
         allow_pending: int = 1000,
+        limits: PauseLimits = DEFAULT_LIMITS,
+        when: Moment = AT_ONCE,
     ) -> Result:
         """Let the old model answer again: cutover with the sides swapped. Nothing written since is lost."""
         return self._swap(
@@ -322,15 +338,19 @@ class Migration:
             without_follower=without_follower,
             bare_writers_stopped=bare_writers_stopped,
             allow_pending=allow_pending,
+            limits=limits,
+            when=when,
         )
 
-    def finalize(self, *, allow_failed: int = 0, drop_backup: bool = False) -> Result:
+    def finalize(
+        self, *, allow_failed: int = 0, drop_backup: bool = False, limits: PauseLimits = DEFAULT_LIMITS
+    ) -> Result:
         """Drop the old generation: the only step without a way back."""
-        return self._close("finalize", allow_failed=allow_failed, drop_backup=drop_backup)
+        return self._close("finalize", allow_failed=allow_failed, drop_backup=drop_backup, limits=limits)
 
-    def abort(self) -> Result:
+    def abort(self, *, limits: PauseLimits = DEFAULT_LIMITS) -> Result:
         """Give up: drop the candidate; the table is as it was."""
-        return self._close("abort")
+        return self._close("abort", limits=limits)
 
     # -- the parts ----------------------------------------------------------------------------------------------------
 
@@ -413,15 +433,23 @@ class Migration:
         refresh_old: bool = False,
         allow_failed: int = 0,
         allow_pending: int,
+        limits: PauseLimits,
+        when: Moment,
     ) -> Result:
         with translated(self._command(command)):
             row = self.ledger.check_transition(command, self.latest(), self.name)
             self._check_same_dimension(row, bare_writers_stopped, command)
-            self._check_dependents(row, command)
-            work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending)
-            if not back:
-                self._check_refused(work, row.plan.new, allow_failed, command, "Those rows would vanish from search.")
-            self._check_follower(row, follow=follow, without_follower=without_follower)
+            work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending, limits=limits)
+
+            def check() -> None:
+                self._check_dependents(row, command)
+                if not back:
+                    self._check_refused(
+                        work, row.plan.new, allow_failed, command, "Those rows would vanish from search."
+                    )
+                self._check_follower(row, follow=follow, without_follower=without_follower)
+
+            check()
             with self._following(follow):
                 if row.stage is Stage.VERIFIED:
                     trigger.check(self.control, row.plan)
@@ -431,6 +459,9 @@ class Migration:
                     self.observe(
                         Note(f"{backfill.refresh(work):,} stale vectors of {row.plan.old.model.model} renewed")
                     )
+                if not when.now:
+                    self._wait(work, both, when)
+                    check()
                 with work.step(f"{command}.catch_up") as told:
                     left = work.catch_up(both)
                     told |= {"left": dict(left), "without_follower": without_follower}
@@ -442,13 +473,32 @@ class Migration:
                 outcome = cutover.run(work, back=back)
         return self._result(command, outcome)
 
-    def _close(self, command: str, *, allow_failed: int = 0, drop_backup: bool = False) -> Result:
+    def _wait(self, work: Work, numbers: Sequence[int], when: Moment) -> None:
+        """Everything slow is done; now only the moment is missing. Nothing is locked and no transaction is open."""
+        work.catch_up(numbers)
+        looked = time.monotonic()
+
+        def meanwhile() -> None:
+            nonlocal looked
+            work.check_stop()
+            if time.monotonic() - looked < _LOOK_WHILE_WAITING:
+                return
+            # A follower does it better; without one the moment must not find a day's work undone.
+            if not self.ledger.followers():
+                work.catch_up(numbers)
+            looked = time.monotonic()
+
+        seconds = wait(when, meanwhile=meanwhile, tell=work.note)
+        work.check_stop()
+        work.note(f"the moment has come, after {seconds:.0f} s")
+
+    def _close(self, command: str, *, allow_failed: int = 0, drop_backup: bool = False, limits: PauseLimits) -> Result:
         assert command in ("finalize", "abort")
         with translated(self._command(command)):
             row = self.ledger.check_transition(command, self.latest(), self.name)
             plan = row.plan
             keep = plan.new if command == "finalize" else plan.old
-            work = self._work(row, allow_failed=allow_failed)
+            work = self._work(row, allow_failed=allow_failed, limits=limits)
             guarded = row.closing is None and row.stage in (Stage.SERVED, Stage.CUT_OVER)
             if guarded and command == "finalize":
                 trigger.check(self.control, plan)
@@ -608,7 +658,14 @@ class Migration:
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
-    def _work(self, row: MigrationRow, *, allow_failed: int = 0, allow_pending: int = 1000) -> Work:
+    def _work(
+        self,
+        row: MigrationRow,
+        *,
+        allow_failed: int = 0,
+        allow_pending: int = 1000,
+        limits: PauseLimits = DEFAULT_LIMITS,
+    ) -> Work:
         def ledger_on(session: Session) -> Ledger:
             other = Ledger(session, self.oid)
             other.migration = row.id
@@ -627,6 +684,7 @@ class Migration:
             rate=float(row.facts.get("rate", 100.0)),
             allow_failed=allow_failed,
             allow_pending=allow_pending,
+            limits=limits,
         )
         work.catch_up = lambda numbers: backfill.catch_up(work, numbers)
         return work

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from psycopg import sql
 
-from revector.db import Database, Pause, Session, block, raw
+from revector.db import DEFAULT_LIMITS, Database, Pause, PauseLimits, Session, block, raw
 from revector.embed import Embedder, Identity
 from revector.errors import Interrupted
 from revector.partitions import Leaf, leaves
@@ -172,6 +172,8 @@ class Work:
     rate: float = 100.0
     allow_failed: int = 0
     allow_pending: int = 1000
+    #: What each short lock may cost the application.
+    limits: PauseLimits = DEFAULT_LIMITS
 
     @property
     def table(self) -> sql.Identifier:
@@ -247,6 +249,8 @@ class Work:
                 *self.ledger.record_sql(name, told, stage, closing),
             ],
             settle=True,
+            budget_ms=self.limits.budget_ms,
+            attempts=self.limits.attempts,
             observe=self.note,
         )
         cost = {"step": name, "wait_ms": round(pause.wait_ms, 1), "hold_ms": round(pause.hold_ms, 1)}

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "corpus": set(),
     "settings": {"errors"},
     "quality": {"errors"},
+    "moment": {"errors"},
     "embedded": {"errors"},
     "embed": {"errors", "settings"},
     # the database, and what is decided about it
@@ -39,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "survey": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work", "partitions"},
     "follow": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work", "phases", "trigger"},
     "migration": {"errors", "settings", "embed", "quality", "db", "catalog", "plan"}
-    | {"trigger", "work", "phases", "ledger", "search", "survey", "follow"},
+    | {"trigger", "work", "phases", "ledger", "search", "survey", "follow", "moment"},
     # what is told of it; `report` imports the outcomes for their types alone
     "maintenance": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger"},
     "report": {"errors", "plan", "ledger", "search", "knowledge_base", "maintenance", "migration"},
@@ -48,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"errors", "settings", "embed", "db", "catalog", "plan", "report", "work"}
     | {"ledger", "search", "follow", "migration", "knowledge_base", "corpus", "embedded"},
     "cli": {"errors", "settings", "embed", "quality", "db", "catalog", "plan", "report", "work", "phases"}
-    | {"terminal", "maintenance"}
+    | {"terminal", "maintenance", "moment"}
     | {"ledger", "search", "survey", "follow", "migration", "knowledge_base", "demo", "embedded"},
     "__main__": {"cli"},
 }
