@@ -223,6 +223,8 @@ def assert_exact(
         )
     ).fetchall()  # fmt: skip
     assert len(rows) >= at_least, f"only {len(rows)} rows with a text"
+    if not rows:
+        return
     for position, (name, spec) in enumerate(columns.items(), 2):
         missing = [row[1] for row in rows if row[position] is None]
         assert not missing, f"{name}: {len(missing)} of {len(rows)} rows have no vector, such as {missing[0]!r}"

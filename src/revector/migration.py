@@ -219,6 +219,7 @@ class Migration:
         with translated(self._command("plan")):
             row = self.latest()
             if row is not None and not row.stage.closed:
+                _check_column(row, request, self.name)
                 row = self.ledger.check_transition("run", row, self.name)
                 request = _as_planned(row, request, self.name)
             facts, _ = survey(
@@ -358,6 +359,7 @@ class Migration:
         """The open migration, checked against the options given, or a new one that no precondition refuses."""
         row = self.latest()
         if row is not None and not row.stage.closed:
+            _check_column(row, request, self.name)
             row = self.ledger.check_transition("run", row, self.name)
             request = _as_planned(row, request, self.name)
             plan = with_consents(row.plan, request.consents)
@@ -794,6 +796,21 @@ def _rows(session: Session, table: sql.Composable) -> int:
 def _asked(request: Request | None, to: str | None, from_: str | None) -> Request:
     asked = request or Request()
     return replace(asked, to=to or asked.to, from_=from_ or asked.from_)
+
+
+def _check_column(row: MigrationRow, request: Request, name: str) -> None:
+    """A table has one open migration: its other vector columns come after it."""
+    plan = row.plan
+    if request.vector in (None, plan.column):
+        return
+    following = row.closing or NEXT[row.stage]
+    raise Refused(
+        f"{name}: a migration {plan.old.model.model} -> {plan.new.model.model} of {plan.column} is open;"
+        f" {request.vector} comes after it",
+        why="One migration of a table at a time. Nothing was changed.",
+        hint=f"complete it: revector {following} {plan.argument}"
+        + ("" if row.closing or row.stage is Stage.CUT_OVER else f"\nor give it up: revector abort {plan.argument}"),
+    )
 
 
 def _as_planned(row: MigrationRow, request: Request, name: str) -> Request:
