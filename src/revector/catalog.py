@@ -218,6 +218,11 @@ class Table:
         return next((c for c in self.columns if c.number == number), None)
 
     @property
+    def readable(self) -> bool:
+        """Whether its rows can be counted and sampled here."""
+        return self.kind == "r" or (self.partitions is not None and all(p.kind != "f" for p in self.partitions.parts))
+
+    @property
     def identifier(self) -> sql.Identifier:
         """Schema and name, quoted."""
         return sql.Identifier(self.schema, self.name)

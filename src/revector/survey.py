@@ -191,7 +191,7 @@ def _no_from(table: Table, column: Column, filters: Sequence[str]) -> UsageError
 
 
 def _counts(session: Session, table: Table, text: Text, where: Text | None, column: Column) -> Counts:
-    if table.kind not in "rp":
+    if not table.readable:
         return Counts(0, 0, 0, 0, 0, 0)
     inside = raw(where.canonical if where else "true")
     parts = {
@@ -251,7 +251,7 @@ def _measure(
 
 
 def _sampled(session: Session, table: Table, name: str, limit: int, **parts: sql.Composable) -> Sequence[Any]:
-    if table.kind not in "rp":
+    if not table.readable:
         return ()
     method, percent = sample_clause(table, limit)
     statement = block("catalog", name, table=table.identifier, method=method, **parts)

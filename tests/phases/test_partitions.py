@@ -12,6 +12,7 @@ from fix_tables import (
     NEW,
     OLD,
     REQUEST,
+    advance,
     assert_exact,
     assert_no_leftovers,
     body,
@@ -20,6 +21,8 @@ from fix_tables import (
     steering,
     vector,
 )
+from revector import Request
+from revector.errors import Refused
 from revector.phases import verify
 
 ROWS = 60
@@ -82,3 +85,169 @@ def wider(told: dict[str, Any]) -> dict[str, Any]:
         tuple(x.replace("vector(16)", "vector(32)") if isinstance(x, str) else x for x in c) for c in told["columns"]
     ]
     return {**told, "columns": sorted(columns, key=str)}
+
+
+ROWS_MOVED = (
+    # (stage, statement, writer's view) -> which vectors of (live, other) are kept
+    ("VERIFIED", "UPDATE docs SET tenant = 1 WHERE id = 4", (True, True)),
+    ("SERVED", "UPDATE docs SET tenant = 1 WHERE id = 4", (True, True)),
+    ("SERVED", "UPDATE docs SET tenant = 1, content = 'new text' WHERE id = 4", (False, False)),
+)
+
+
+@pytest.mark.parametrize(("stage", "statement", "kept"), ROWS_MOVED)
+def test_a_row_that_moves_keeps_its_vectors(
+    dsn: str, connection: psycopg.Connection[Any], stage: str, statement: str, kept: tuple[bool, bool]
+) -> None:
+    """An UPDATE that moves a row is an INSERT in the other partition; NOT NULL was relaxed, so it raises nothing."""
+    partitioned(connection, "list", ROWS)
+    advance(dsn, stage, table="docs")
+    fill(dsn, connection, "docs")
+    before = connection.execute(
+        "SELECT tableoid, embedding::text, embedding_g2::text FROM docs WHERE id = 4"
+    ).fetchone()
+    connection.execute(statement)
+    after = connection.execute("SELECT tableoid, embedding::text, embedding_g2::text FROM docs WHERE id = 4").fetchone()
+    assert before is not None and after is not None and before[0] != after[0]
+    assert (before[1] == after[1], before[2] == after[2]) == kept
+    assert after[1:] == tuple(old if same else None for old, same in zip(before[1:], kept, strict=True))
+    fill(dsn, connection, "docs")
+    exact(connection, embedding=OLD, embedding_g2=NEW)
+
+
+def test_an_insert_after_a_moving_update_is_still_an_insert(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Only the moved row bears the mark: the same transaction's own INSERT without a vector is refused as before."""
+    partitioned(connection, "list", ROWS)
+    advance(dsn, "SERVED", table="docs")
+    with psycopg.connect(dsn) as application:
+        application.execute("UPDATE docs SET tenant = 3 WHERE id = 4")  # the key changed, the partition did not
+        application.execute("UPDATE docs SET tenant = 1 WHERE id = 4")
+        with pytest.raises(psycopg.errors.NotNullViolation):
+            application.execute("INSERT INTO docs (id, tenant, content) VALUES (7000, 1, 'no vector')")
+    with psycopg.connect(dsn, autocommit=True) as application:
+        given = vector(OLD, "a text")
+        application.execute(
+            "INSERT INTO docs (id, tenant, content, embedding) VALUES (7001, 1, 'a text', %s)", (given,)
+        )
+    fill(dsn, connection, "docs")
+    exact(connection, embedding=OLD, embedding_g2=NEW)
+
+
+@pytest.mark.parametrize("stage", ["PLANNED", "EXPANDED", "BACKFILLED", "INDEXED", "SERVED"])
+def test_abort_leaves_every_partition_as_it_was(dsn: str, connection: psycopg.Connection[Any], stage: str) -> None:
+    partitioned(connection, "two levels", ROWS)
+    before = shapes(connection)
+    advance(dsn, stage, table="docs")
+    with steering(dsn, "docs") as migration:
+        migration.abort()
+    exact(connection, embedding=OLD)
+    clean(connection)
+    assert shapes(connection) == before
+
+
+def test_partitions_come_and_go_meanwhile(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A partition attached with rows is filled, one created is indexed, one detached is left alone."""
+    partitioned(connection, "list", ROWS)
+    advance(dsn, "BACKFILLED", table="docs")
+    connection.execute("CREATE TABLE docs_came (LIKE docs INCLUDING DEFAULTS)")
+    for n in (8000, 8001):
+        connection.execute(
+            "INSERT INTO docs_came (id, tenant, content, embedding) VALUES (%s, 8, %s, %s)",
+            (n, body(n), vector(OLD, body(n))),
+        )
+    connection.execute("ALTER TABLE docs ATTACH PARTITION docs_came FOR VALUES IN (8)")
+    advance(dsn, "VERIFIED", table="docs")
+    exact(connection, embedding=OLD, embedding_g2=NEW)
+    connection.execute("CREATE TABLE docs_late PARTITION OF docs FOR VALUES IN (9)")
+    connection.execute("ALTER TABLE docs DETACH PARTITION docs_p2")
+    advance(dsn, "CUT_OVER", table="docs")
+    connection.execute(
+        "INSERT INTO docs (id, tenant, content, embedding) VALUES (9000, 9, 'late', %s)", (vector(NEW, "late"),)
+    )
+    fill(dsn, connection, "docs")
+    assert_exact(connection, "docs", "content", {"embedding": NEW, "embedding_g1": OLD}, at_least=ROWS // 2)
+    with steering(dsn, "docs") as migration:
+        migration.finalize()
+    clean(connection)
+    # What was detached keeps its rows with the old vectors; our indexes on it are gone.
+    assert_exact(connection, "docs_p2", "content", {"embedding": OLD})
+    left = connection.execute(
+        "SELECT relname FROM pg_class WHERE relname ~ '^rv_' AND relkind IN ('i', 'I')"
+    ).fetchall()
+    assert left == []
+    for part in ("docs_came", "docs_late"):
+        on = connection.execute("SELECT indexdef FROM pg_indexes WHERE tablename = %s", (part,)).fetchall()
+        assert sum("hnsw" in definition for (definition,) in on) == 1
+
+
+def test_a_table_without_partitions(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    connection.execute(
+        "CREATE TABLE docs (id int, tenant int, content text, note text, embedding vector(16)) PARTITION BY LIST (tenant)"
+    )
+    advance(dsn, "CUT_OVER", table="docs")
+    connection.execute("CREATE TABLE docs_p0 PARTITION OF docs FOR VALUES IN (0)")
+    connection.execute(
+        "INSERT INTO docs (id, tenant, content, embedding) VALUES (1, 0, 'first', %s)", (vector(NEW, "first"),)
+    )
+    fill(dsn, connection, "docs")
+    assert_exact(connection, "docs", "content", {"embedding": NEW, "embedding_g1": OLD})
+    with steering(dsn, "docs") as migration:
+        migration.finalize()
+    clean(connection)
+
+
+def refusal(dsn: str, table: str = "docs", request: Request = REQUEST) -> str:
+    with steering(dsn, table) as migration, pytest.raises(Refused) as caught:
+        migration.run(request)
+    return f"{caught.value} {caught.value.why} {caught.value.hint}"
+
+
+def test_a_partition_by_itself_is_refused(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    partitioned(connection, "two levels", ROWS)
+    assert "docs_p2_a is a partition of public.docs" in refusal(dsn, "docs_p2_a")
+    assert "name the whole table: public.docs" in refusal(dsn, "docs_p2")
+
+
+def test_a_foreign_partition_is_refused(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    partitioned(connection, "list", ROWS)
+    connection.execute("CREATE FOREIGN DATA WRAPPER nowhere; CREATE SERVER far FOREIGN DATA WRAPPER nowhere")
+    connection.execute("DROP INDEX docs_embedding_idx; ALTER TABLE docs DROP CONSTRAINT docs_pkey")
+    connection.execute("CREATE FOREIGN TABLE docs_far PARTITION OF docs FOR VALUES IN (7) SERVER far")
+    with steering(dsn, "docs") as migration:
+        found = [f for f in migration.preview(REQUEST).draft.blockers if f.title == "table"]
+    assert "docs_far" in found[0].finding and "DETACH PARTITION docs_far" in found[0].remedy
+
+
+def test_what_one_partition_has_alone_is_refused(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """It would stay on the old column in that partition, and nobody would see it."""
+    partitioned(connection, "list", ROWS)
+    connection.execute("CREATE INDEX alone ON docs_p1 USING hnsw (embedding vector_l2_ops)")
+    told = refusal(dsn)
+    assert "index public.alone of partition docs_p1" in told and "ATTACH PARTITION" in told
+    connection.execute("DROP INDEX alone; ALTER TABLE docs_p1 ADD CONSTRAINT long CHECK (vector_dims(embedding) > 3)")
+    assert "constraint long on table public.docs_p1 of partition docs_p1" in refusal(dsn)
+
+
+def test_a_trigger_of_one_partition_that_sorts_last_is_refused(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    partitioned(connection, "list", ROWS)
+    connection.execute(
+        "CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
+        'CREATE TRIGGER "~~late" BEFORE UPDATE ON docs_p1 FOR EACH ROW EXECUTE FUNCTION touch()'
+    )
+    assert 'ALTER TRIGGER "~~late" ON docs_p1 RENAME' in refusal(dsn)
+    connection.execute('DROP TRIGGER "~~late" ON docs_p1')
+    advance(dsn, "BACKFILLED", table="docs")
+    connection.execute('CREATE TRIGGER "~~late" BEFORE UPDATE ON docs_p1 FOR EACH ROW EXECUTE FUNCTION touch()')
+    assert "docs_p1: the trigger ~rv_docs_g2 is no longer the last to fire" in refusal(dsn)
+
+
+def test_the_text_of_a_partition_may_stand_elsewhere(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Attribute numbers differ from partition to partition; nothing is read by the table's number there."""
+    partitioned(connection, "list", ROWS)
+    numbers = connection.execute(
+        "SELECT DISTINCT attnum FROM pg_attribute WHERE attname = 'content' AND attrelid = ANY (%s)",
+        ([connection.execute("SELECT %s::regclass::oid", (n,)).fetchone()[0] for n in ("docs_p0", "docs_p1")],),  # type: ignore[index]
+    ).fetchall()
+    assert len(numbers) == 2
+    advance(dsn, "VERIFIED", table="docs")
+    exact(connection, embedding=OLD, embedding_g2=NEW)
