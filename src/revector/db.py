@@ -337,6 +337,7 @@ class Database:
         statements: Sequence[sql.Composable],
         *,
         settle: bool = False,
+        alone: bool = False,
         budget_ms: int = PAUSE_BUDGET_MS,
         attempts: int = PAUSE_ATTEMPTS,
         observe: Callable[[str], None] = lambda _: None,
@@ -344,8 +345,10 @@ class Database:
         """Run `statements` under ACCESS EXCLUSIVE on `table` within the pause budget, or change nothing.
 
         With `settle`, SHARE UPDATE EXCLUSIVE is taken first (it cancels autovacuum and blocks nobody) and kept
-        between attempts. Each attempt, SAVEPOINT to COMMIT, is one message. Raises `PauseBudgetMissed`.
+        between attempts. `alone` leaves out the partitions of a partitioned table. Each attempt, SAVEPOINT to COMMIT,
+        is one message. Raises `PauseBudgetMissed`.
         """
+        whole = sql.SQL("ONLY {}" if alone else "{}").format(table)
         begin: list[sql.Composable] = [
             sql.SQL("BEGIN"),
             sql.SQL("SET LOCAL idle_in_transaction_session_timeout = '2s'"),
@@ -353,7 +356,7 @@ class Database:
         if settle:
             begin += [
                 sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(_SETTLE)),
-                sql.SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(table),
+                sql.SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(whole),
             ]
         clock = sql.SQL("SELECT clock_timestamp()")
         attempt: list[sql.Composable] = [
@@ -361,7 +364,7 @@ class Database:
             sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{budget_ms}ms")),
             sql.SQL("SET LOCAL statement_timeout = {}").format(sql.Literal(f"{budget_ms}ms")),
             clock,
-            sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(table),
+            sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(whole),
             clock,
             *(part for statement in statements for part in (_left(budget_ms), statement)),
             clock,
@@ -403,7 +406,8 @@ def _in_the_way(session: Session, table: sql.Composable) -> str:
     """Who kept the lock from us, as far as this role may see."""
     name = sql.Literal(table.as_string(session.connection))
     try:
-        holders = session.rows(block("db", "holders", table=name))
+        with session.transaction():
+            holders = session.rows(block("db", "holders", table=name))
     except psycopg.Error:
         holders = ()
     if any(row.wraparound for row in holders):

@@ -12,6 +12,7 @@ from fix_tables import (
     NEW,
     OLD,
     REQUEST,
+    Halt,
     advance,
     assert_exact,
     assert_no_leftovers,
@@ -23,7 +24,8 @@ from fix_tables import (
 )
 from revector import Request
 from revector.errors import Refused
-from revector.phases import verify
+from revector.phases import index, verify
+from revector.work import Note, Recorded
 
 ROWS = 60
 
@@ -250,4 +252,54 @@ def test_the_text_of_a_partition_may_stand_elsewhere(dsn: str, connection: psyco
     ).fetchall()
     assert len(numbers) == 2
     advance(dsn, "VERIFIED", table="docs")
+    exact(connection, embedding=OLD, embedding_g2=NEW)
+
+
+@pytest.mark.parametrize("command", ["run", "abort"])
+@pytest.mark.parametrize("after", [0, 1, 2, 4])
+def test_an_index_left_half_built_is_completed_or_dropped(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, after: int, command: str
+) -> None:
+    """The end may come between any two partitions: each run looks first at what is there and attached."""
+    partitioned(connection, "two levels", ROWS)
+    before = shapes(connection)
+    advance(dsn, "BACKFILLED", table="docs")
+    briefly, turns = index._briefly, iter(range(after))
+
+    def halting(*arguments: Any) -> None:
+        if next(turns, None) is None:
+            raise Halt
+        briefly(*arguments)
+
+    with monkeypatch.context() as patch, steering(dsn, "docs") as migration, pytest.raises(Halt):
+        patch.setattr(index, "_briefly", halting)
+        migration.run(REQUEST)
+    if command == "run":
+        advance(dsn, "VERIFIED", table="docs")
+        exact(connection, embedding=OLD, embedding_g2=NEW)
+    with steering(dsn, "docs") as migration:
+        migration.abort()
+    clean(connection)
+    assert shapes(connection) == before
+
+
+def test_a_busy_partition_delays_its_index_and_is_named(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """An open transaction on one partition makes an attempt miss the budget; nobody waits longer than that for us."""
+    partitioned(connection, "list", ROWS)
+    advance(dsn, "BACKFILLED", table="docs")
+    told: list[str] = []
+    with psycopg.connect(dsn) as application:
+
+        def observe(seen: Any) -> None:
+            if isinstance(seen, Note):
+                told.append(seen.text)
+                if "was busy" in seen.text:
+                    application.rollback()
+            # CREATE INDEX CONCURRENTLY waits for older transactions: the application comes once it is done.
+            if isinstance(seen, Recorded) and seen.step == "index.build":
+                application.execute("SELECT count(*) FROM docs")
+
+        with steering(dsn, "docs", observe) as migration:
+            migration.run(REQUEST)
+    assert any("was busy" in text and "In the way: session" in text for text in told)
     exact(connection, embedding=OLD, embedding_g2=NEW)

@@ -153,7 +153,16 @@ def _briefly(
 ) -> None:
     """Make or attach one index while nobody uses that one relation, within the pause budget."""
     work.ledger.own("index", name, 0, generation.number)
-    work.database.pause(work.control, sql.SQL("ONLY {}").format(relation), statements, settle=True, observe=work.note)
+    work.database.pause(
+        work.control,
+        relation,
+        statements,
+        settle=True,
+        alone=True,
+        budget_ms=work.limits.budget_ms,
+        attempts=work.limits.attempts,
+        observe=work.note,
+    )
     state = work.control.row(block("phases/index", "state"), schema=schema, name=name)
     work.ledger.own("index", name, state.oid if state else 0, generation.number)
 
