@@ -783,6 +783,41 @@ def rollback(
         _done(migration, terminal, done, began, follow=follow)
 
 
+@app.command(cls=_Command, rich_help_panel=BACK)
+def restore(
+    table: Table,
+    vector: Vector = None,
+    batch_size: BatchSize = None,
+    backup: Backup = False,
+    accept_triggers: AcceptTriggers = False,
+    include_null: IncludeNull = False,
+    allow_failed: AllowFailed = 0,
+    max_pause_ms: MaxPause = 200,
+    attempts: Attempts = 5,
+    verbose: Verbose = False,
+) -> None:
+    """Go back after finalize, with the vectors of a backup table.
+
+    Changes: as run does, with the old model as the new one: unchanged rows take their vectors from the backup that
+    `run --backup` made, the others are embedded. It stops before the cutover. Safe to repeat.
+
+    Example: revector restore knowledge_base
+    """
+    from revector.plan import Consents
+
+    with _steering(table, verbose) as (migration, terminal):
+        began = time.monotonic()
+        done = migration.restore(
+            vector=vector,
+            batch_size=batch_size,
+            backup=backup,
+            consents=Consents(accept_triggers=accept_triggers, include_null=include_null),
+            allow_failed=allow_failed,
+            limits=_limits(max_pause_ms, attempts),
+        )
+        _done(migration, terminal, done, began)
+
+
 # -- look --------------------------------------------------------------------------------------------------------------
 
 

@@ -107,6 +107,19 @@ class MigrationRow:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedGeneration:
+    """A backup table that a closed migration made; its plan's old generation is what it holds."""
+
+    plan: Plan
+    oid: int
+    #: Its name when it was made, and now; None: it is gone.
+    name: str
+    present: str | None
+    complete: bool
+    columns: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """One line of the log."""
 
@@ -339,6 +352,13 @@ class Ledger:
         if self.migration is None:
             return {}
         return {(r.kind, r.name): r.oid for r in self._rows("owned", migration=self.migration)}
+
+    def backups(self) -> list[SavedGeneration]:
+        """The backup tables that closed migrations of this table left, newest first, dropped ones included."""
+        return [
+            SavedGeneration(Plan.from_json(r.plan), r.oid, r.name, r.present, r.complete, frozenset(r.columns))
+            for r in self._rows("backups", table=self.table)
+        ]
 
     def events(self, limit: int = 1000) -> list[Event]:
         """The table's events, oldest first."""

@@ -155,6 +155,16 @@ DELETE FROM revector.objects WHERE migration = %(migration)s AND kind = %(kind)s
 -- lock: none
 SELECT kind, name, oid, generation FROM revector.objects WHERE migration = %(migration)s ORDER BY kind, name;
 
+-- name: backups
+-- The backup tables that closed migrations left, newest first; complete: they were verified. Their columns as they are.
+-- lock: none
+SELECT m.plan, o.oid, o.name, c.relname AS present,
+       EXISTS (SELECT FROM revector.events e WHERE e.migration = m.id AND e.step = 'backup.verify') AS complete,
+       ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = o.oid AND a.attnum > 0 AND NOT a.attisdropped) AS columns
+  FROM revector.migrations m JOIN revector.objects o ON o.migration = m.id AND o.kind = 'backup'
+  LEFT JOIN pg_class c ON c.oid = o.oid
+ WHERE m.table_oid = %(table)s::oid AND m.stage IN ('FINALIZED', 'ABORTED') ORDER BY m.id DESC;
+
 -- name: event
 -- Append one event.
 -- lock: none

@@ -23,12 +23,15 @@ from revector.moment import AT_ONCE, Moment, wait
 from revector.phases import backfill, backup, cutover, expand, finalize, index, serve, verify
 from revector.plan import (
     DEFAULT_BATCH,
+    Back,
+    Consents,
     Draft,
     Estimate,
     Facts,
     Generation,
     Plan,
     Request,
+    Source,
     differs,
     draft,
     estimate,
@@ -44,6 +47,7 @@ __all__ = ["STEPS", "Migration", "Preview", "Result", "Status"]
 _FOLLOWER_PATIENCE: Final = 30.0
 #: Seconds between two looks at what is pending while a swap waits for its moment.
 _LOOK_WHILE_WAITING: Final = 2.0
+NO_CONSENTS: Final = Consents()
 _PHASES: Final = ("preconditions", "backup", "expand", "backfill", "index", "verify")
 
 
@@ -222,9 +226,7 @@ class Migration:
                 _check_column(row, request, self.name)
                 row = self.ledger.check_transition("run", row, self.name)
                 request = _as_planned(row, request, self.name)
-            facts, _ = survey(
-                self.control, self.name, request, self.settings, note=lambda text: self.observe(Note(text))
-            )
+            facts = survey(self.control, self.name, request, self.settings, note=lambda text: self.observe(Note(text)))
             made = draft(request, facts)
             if row is not None and not row.stage.closed:
                 made = replace(made, plan=row.plan, findings=tuple(f for f in made.findings if f.title != "names"))
@@ -343,6 +345,35 @@ class Migration:
             when=when,
         )
 
+    def restore(
+        self,
+        *,
+        vector: str | None = None,
+        batch_size: int | None = None,
+        backup: bool = False,
+        consents: Consents = NO_CONSENTS,
+        allow_failed: int = 0,
+        limits: PauseLimits = DEFAULT_LIMITS,
+    ) -> Result:
+        """Go back after `finalize`: a migration to the model of a backup table, whose vectors unchanged rows take.
+
+        `vector` chooses among several migrated columns. It ends as `run` does, at VERIFIED; raises what `run` raises.
+        """
+        with translated(self._command("restore")):
+            row = self.latest()
+            request = Request(batch_size=batch_size, backup=backup or None, consents=consents)
+            if row is None or row.stage.closed:
+                request = replace(request, **way_back(self.control, self.ledger, self.name, vector))
+            elif row.plan.source is None:
+                old = row.plan.old.model.model
+                back = "rollback" if row.stage is Stage.CUT_OVER else None
+                raise Refused(
+                    f"{self.name}: a migration {old} -> {row.plan.new.model.model} is open at {row.stage}",
+                    why=f"The vectors of {old} are still in the table; a backup is not needed. Nothing was changed.",
+                    hint=self._command(row.closing or back or NEXT[row.stage]),
+                )
+        return self.run(request, allow_failed=allow_failed, limits=limits)
+
     def finalize(
         self, *, allow_failed: int = 0, drop_backup: bool = False, limits: PauseLimits = DEFAULT_LIMITS
     ) -> Result:
@@ -370,7 +401,7 @@ class Migration:
             self.ledger.retry_failures()
             self.observe(Note(f"resuming {plan.old.model.model} -> {plan.new.model.model} at {row.stage}"))
             return self.latest() or row
-        facts, _ = survey(self.control, self.name, request, self.settings, note=lambda text: self.observe(Note(text)))
+        facts = survey(self.control, self.name, request, self.settings, note=lambda text: self.observe(Note(text)))
         made = draft(request, facts)
         if made.blockers:
             raise blocked(self.name, made)
@@ -406,13 +437,18 @@ class Migration:
         return outcome
 
     def _backup(self, work: Work) -> Outcome:
-        complete = any(e.step == "backup.verify" and e.migration == self.ledger.migration for e in self.ledger.events())
-        return backup.run(work, complete=complete)
+        return backup.run(work, complete=self._recorded("backup.verify"))
+
+    def _recorded(self, step: str) -> bool:
+        """Whether this migration has taken a step."""
+        return any(e.step == step and e.migration == self.ledger.migration for e in self.ledger.events())
 
     def _backfill(self, work: Work) -> Outcome:
         if not self.control.try_lock("windows", self.oid, shared=True):
             raise Busy(f"{self.name} is being closed by another command", hint=f"revector status {self.argument}")
         try:
+            if work.plan.source is not None and not self._recorded("restore.copy"):
+                work.note(backfill.restore(work).summary)
             return backfill.run(work)
         finally:
             if not self.control.connection.closed:
@@ -520,6 +556,10 @@ class Migration:
                     self.ledger.retire_sql,
                     lambda: self._drop_backup(work) if drop_backup else None,
                 )
+            if command == "finalize" and (oid := self.ledger.owned().get(("backup", plan.backup or ""))):
+                kept = self.control.row(block("work", "table_name"), table=oid)
+                if kept is not None:
+                    outcome = replace(outcome, figures={**outcome.figures, "backup": kept.relname})
         return self._result(command, outcome)
 
     # -- checks -------------------------------------------------------------------------------------------------------
@@ -787,6 +827,63 @@ class Migration:
             f"revector {following} {self.argument}",
             saved,
         )
+
+
+def way_back(session: Session, ledger: Ledger, name: str, vector: str | None) -> dict[str, Any]:
+    """The parts of a `Request` that lead back to the newest backup; refused where there is none that can be used."""
+    argument = shlex.quote(name)
+    saved = ledger.backups() if ledgers.exists(session) else []
+    if vector is not None:
+        saved = [s for s in saved if s.plan.column == vector]
+    if not saved:
+        raise Refused(
+            f"{name}: no migration of this table{f' and column {vector}' if vector else ''} has left a backup",
+            why="Only `run --backup` makes one, before it changes anything. Nothing was changed.",
+            hint=f"embed all rows with the old model: revector run {argument} --to MODEL",
+        )
+    lives = {(live.column, live.filter): live.model.model for live in ledger.lives()}
+    usable = [
+        s
+        for s in saved
+        if s.present and s.complete and lives.get((s.plan.column, s.plan.filter)) != s.plan.old.model.model
+    ]
+    if not usable:
+        first = saved[0]
+        model = first.plan.old.model.model
+        if first.present and first.complete:
+            raise Refused(
+                f"{name}: {model}, whose vectors {first.present} holds, answers already",
+                why="There is nothing to go back to. Nothing was changed.",
+                hint=f"revector status {argument}",
+            )
+        raise Refused(
+            f"{name}: the backup table {first.name} " + ("is incomplete" if first.present else "is gone"),
+            why="Its vectors cannot be taken. Nothing was changed.",
+            hint=f"embed all rows with the old model: revector run {argument} --to {model}",
+        )
+    chosen = usable[0]
+    plan, table = chosen.plan, read_table(session, ledger.table)
+    present = {column.name for column in table.columns}
+    if gone := [key for key in plan.key if key not in present]:
+        raise Refused(
+            f"{name}: the key of {chosen.present} is {', '.join(plan.key)}, and the table has no {', '.join(gone)}",
+            why="Without its key no vector of the backup can be given to its row. Nothing was changed.",
+            hint=f"embed all rows with the old model: revector run {argument} --to {plan.old.model.model}",
+        )
+    if lost := sorted({*plan.key, "text_checksum", plan.column} - chosen.columns):
+        raise Refused(
+            f"{name}: the backup table {chosen.present} has no column {', '.join(lost)} any more",
+            why="Somebody changed it. Nothing was changed.",
+            hint=f"embed all rows with the old model: revector run {argument} --to {plan.old.model.model}",
+        )
+    source = Source(chosen.oid, chosen.present or chosen.name, plan.column, plan.key)
+    return {
+        "to": plan.old.model.model,
+        "text": plan.text,
+        "where": plan.filter,
+        "vector": plan.column,
+        "back": Back(source, plan.old.model, plan.live_indexes),
+    }
 
 
 def _rows(session: Session, table: sql.Composable) -> int:

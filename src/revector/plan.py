@@ -38,6 +38,27 @@ class Consents:
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """A backup table that the candidate's vectors are taken from where key and text are still the same."""
+
+    oid: int
+    #: Its name when the plan was made, for people; the OID is what counts.
+    name: str
+    #: Its vector column, and the columns of its key.
+    column: str
+    key: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Back:
+    """A way back after finalize: where the vectors are, which model made them, how they were indexed."""
+
+    source: Source
+    model: Identity
+    indexes: tuple[LiveIndex, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What the user asked for; None: not said."""
 
@@ -55,6 +76,8 @@ class Request:
     lists: int | None = None
     backup: bool | None = None
     consents: Consents = field(default_factory=Consents)
+    #: Only `restore` asks for it: `to` is then a model on record, and a backup table has vectors of it.
+    back: Back | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +121,9 @@ class LiveIndex:
     #: The user's name for it, and its name while its generation is not live.
     live_name: str
     name: str
+    #: How it was built, so that `restore` can build it so again; empty in plans of older programs.
+    method: str = ""
+    parameters: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +182,8 @@ class Plan:
     #: (OID, constraint) of the partitions whose NOT NULL has a name of its own (PostgreSQL 18).
     strict_parts: tuple[tuple[int, str], ...] = ()
     verify_threshold: float = VERIFY_THRESHOLD
+    #: The backup table that `restore` takes vectors from; None: an upgrade.
+    source: Source | None = None
     format: int = FORMAT
 
     @property
@@ -249,6 +277,9 @@ class Plan:
         def pairs(value: Any) -> tuple[tuple[str, str], ...]:
             return tuple((str(a), str(b)) for a, b in value)
 
+        def source(value: Mapping[str, Any] | None) -> Source | None:
+            return None if value is None else Source(**{**value, "key": tuple(value["key"])})
+
         return cls(
             **{
                 **told,
@@ -257,8 +288,11 @@ class Plan:
                 "old": generation(told["old"]),
                 "new": generation(told["new"]),
                 "indexes": tuple(TargetIndex(**{**i, "parameters": pairs(i["parameters"])}) for i in told["indexes"]),
-                "live_indexes": tuple(LiveIndex(**i) for i in told["live_indexes"]),
+                "live_indexes": tuple(
+                    LiveIndex(**{**i, "parameters": pairs(i.get("parameters", ()))}) for i in told["live_indexes"]
+                ),
                 "consents": Consents(**told["consents"]),
+                "source": source(told.get("source")),
                 "partition_key": tuple(told.get("partition_key", ())),
                 "strict_parts": tuple((int(oid), str(name)) for oid, name in told.get("strict_parts", ())),
             }
@@ -408,13 +442,17 @@ def _plan(request: Request, facts: Facts) -> Plan:
             named(facts.next_number, "_pending"),
         ),
         indexes=targets,
-        live_indexes=tuple(LiveIndex(i.oid, i.name, named(facts.old_number, f"_{n}")) for n, i in enumerate(live, 1)),
+        live_indexes=tuple(
+            LiveIndex(i.oid, i.name, named(facts.old_number, f"_{n}"), i.method, i.parameters)
+            for n, i in enumerate(live, 1)
+        ),
         not_null=column.not_null,
         not_null_name=column.not_null_name,
         trigger=cut_name("~" + named(facts.next_number)),
         function=named(facts.next_number),
         backup=cut_name(f"{table.name}_backup", f"_{facts.old.dimension}") if request.backup else None,
         consents=request.consents,
+        source=request.back.source if request.back else None,
         filter=facts.where.given if facts.where else None,
         filter_sql=facts.where.canonical if facts.where else None,
         declared=column.dimension is not None,
@@ -444,11 +482,14 @@ def _target_indexes(request: Request, facts: Facts, live: list[Index]) -> tuple[
     def named(number: int) -> str:
         return own_name(facts.table.schema, facts.table.name, facts.next_number, f"_{number}")
 
+    recorded = {was.live_name: was for was in (request.back.indexes if request.back else ()) if was.method}
     targets: list[TargetIndex] = []
     for number, index in enumerate(live, 1):
         method, parameters = index.method, given(index.method, index.parameters)
         if choice in ("hnsw", "ivfflat") and index.method != choice:
             method, parameters = choice, hnsw if choice == "hnsw" else ivfflat
+        elif was := recorded.get(index.name):
+            method, parameters = was.method, given(was.method, was.parameters)
         elif choice == "auto" and index.method == "ivfflat":
             method, parameters = "hnsw", hnsw
         targets.append(

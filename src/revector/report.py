@@ -350,6 +350,8 @@ def result(done: Result, *, seconds: float, figures: bool = True) -> str:
         lines.append(f"back: revector abort {table}")
     elif str(done.stage) == "SERVED":
         lines.append(f"back: revector abort {table}")
+    elif done.command == "finalize" and "backup" in done.figures:
+        lines.append(f"back: revector restore {table} (takes the old vectors from {done.figures['backup']})")
     elif str(done.stage) == "CUT_OVER":
         lines.append("      (the only step without a way back; until then:)")
         lines.append(f"back: revector rollback {table}")

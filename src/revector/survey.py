@@ -26,8 +26,8 @@ from revector.catalog import (
     sample_clause,
 )
 from revector.db import Session, block, raw, with_clause
-from revector.embed import Embedder, known_models
-from revector.errors import Refused, UsageError
+from revector.embed import Embedder, Identity, known_models
+from revector.errors import ModelUnavailable, Refused, UsageError
 from revector.ledger import Ledger, MigrationRow, exists, require
 from revector.partitions import strict
 from revector.plan import Counts, Facts, Measured, Plan, Request, TargetIndex, draft
@@ -45,8 +45,8 @@ _OLDEST_VECTOR: Final = (0, 5)
 
 def survey(
     session: Session, name: str, request: Request, settings: Settings, *, note: Callable[[str], None] = lambda _: None
-) -> tuple[Facts, dict[str, Embedder]]:
-    """Everything that the plan needs to know, and the two models, loaded.
+) -> Facts:
+    """Everything that the plan needs to know.
 
     Raises `UsageError` for names and models that do not exist, `Refused` where there is no usable pgvector.
     """
@@ -77,11 +77,6 @@ def survey(
                 why="A key must name exactly one row, by a unique index.",
                 hint=f"leave --key out{'' if not table.key else ': the primary key is ' + ','.join(table.key)}",
             )
-    new = Embedder(
-        request.to or settings.embedding_model,
-        dimension=settings.embedding_dimension if request.to in (None, settings.embedding_model) else None,
-        settings=settings,
-    )
     if live is not None and request.from_ in (None, live.model.model):
         old = embedder_for(live.model, settings)
         note(f"loading {old.spec}")
@@ -93,9 +88,7 @@ def survey(
         old = Embedder(request.from_, settings=settings)
         note(f"loading {old.spec}")
         old_identity = old.identity()
-    downloads = new.download_needed()
-    note(f"loading {new.spec}")
-    new_identity = new.identity()
+    new, new_identity, downloads = _new_model(request, settings, note)
     if new_identity.model == old_identity.model:
         raise UsageError(
             f"{new_identity.model} answers already", hint=f"name another model: revector plan {name} --to MODEL"
@@ -131,7 +124,39 @@ def survey(
     preliminary = draft(request, facts)
     # An index that cannot be built is a blocker of the plan, not an error of timing it.
     buildable = not any(finding.title == "index" for finding in preliminary.blockers)
-    return _with(facts, session, preliminary.plan, set(ours), buildable=buildable), {"old": old, "new": new}
+    return _with(facts, session, preliminary.plan, set(ours), buildable=buildable)
+
+
+def _new_model(
+    request: Request, settings: Settings, note: Callable[[str], None]
+) -> tuple[Embedder | None, Identity, str | None]:
+    """The model to upgrade to, its identity, and what using it would download.
+
+    For a way back it is the one on record; where it cannot be loaded any more, the backup's vectors may still do.
+    """
+    if request.back is None:
+        own = request.to in (None, settings.embedding_model)
+        new = Embedder(
+            request.to or settings.embedding_model,
+            dimension=settings.embedding_dimension if own else None,
+            settings=settings,
+        )
+        downloads = new.download_needed()
+        note(f"loading {new.spec}")
+        return new, new.identity(), downloads
+    model = request.back.model
+    try:
+        new = embedder_for(model, settings)
+        downloads = new.download_needed()
+        note(f"loading {new.spec}")
+        new.check_identity(model)
+    except ModelUnavailable as error:
+        note(
+            f"{model.model} cannot be loaded ({error}): unchanged rows take their vectors from {request.back.source.name},"
+            " and the run stops where the model is needed, at changed rows or at verify"
+        )
+        return None, model, None
+    return new, model, downloads
 
 
 def _carried(opened: MigrationRow | None) -> frozenset[str] | None:
@@ -223,16 +248,16 @@ def _measure(
     text: Text,
     column: Column,
     old: Embedder,
-    new: Embedder,
+    new: Embedder | None,
     counts: Counts,
     batch: int,
     note: Callable[[str], None],
 ) -> Measured:
     texts = _sampled(session, table, "sample_texts", _SAMPLE, text=raw(text.canonical))
     stored = _sampled(session, table, "sample", _COMPARED, text=raw(text.canonical), column=sql.Identifier(column.name))
-    window = new.max_tokens()
+    window = new.max_tokens() if new else None
     rate, tokens, too_long = None, 0.0, 0
-    if texts:
+    if texts and new:
         lengths = new.count_tokens([row.text for row in texts])
         tokens = float(lengths.mean())
         too_long = int((lengths > window).sum()) if window else 0
@@ -246,7 +271,7 @@ def _measure(
         norms = np.linalg.norm(given, axis=1) * np.linalg.norm(fresh, axis=1)
         same = (given * fresh).sum(axis=1) / np.where(norms > 0, norms, 1)
         cosines = tuple(float(c) for c in np.nan_to_num(same))
-    refuses = bool(counts.blank_texts) and bool(new.encode_isolating([" "], batch_size=1)[1])
+    refuses = new is not None and bool(counts.blank_texts) and bool(new.encode_isolating([" "], batch_size=1)[1])
     return Measured(len(texts), rate, tokens, too_long, window, cosines, 0.0, refuses)
 
 

@@ -22,6 +22,7 @@ STEPS: Final = (
     "plan",
     "backup.create", "backup.copy", "backup.verify",
     "expand",
+    "restore.windows", "restore.window", "restore.copy",
     "backfill.windows", "backfill.window", "backfill.sweep", "backfill.outside", "backfill",
     "index.build", "index.pending", "index.analyze", "index",
     "verify.catch_up", "verify",

@@ -25,7 +25,7 @@ PAGE = Path(__file__).parents[2] / "docs/reference/commands.md"
 ORDER = {
     "Start": ["demo", "schema", "init", "load"],
     "Forward": ["plan", "run", "follow", "cutover", "finalize"],
-    "Back": ["abort", "rollback"],
+    "Back": ["abort", "rollback", "restore"],
     "Look": ["status", "events", "search"],
     "Remove": ["uninstall"],
 }

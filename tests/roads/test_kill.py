@@ -29,6 +29,7 @@ ROADS: dict[str, tuple[str, ...]] = {
     "rollback": ("run", "cutover"),
     "abort": ("run", "cutover", "rollback"),
     "finalize": ("run", "cutover"),
+    "restore": ("run", "cutover", "finalize_keeping"),
 }
 OF_RUN = ("plan", "backup", "expand", "backfill", "index", "verify")
 
@@ -128,10 +129,15 @@ def finish_and_check(dsn: str, connection: psycopg.Connection, command: str) -> 
             "rollback": Stage.SERVED,
             "abort": Stage.ABORTED,
             "finalize": Stage.FINALIZED,
+            "restore": Stage.VERIFIED,
         }
         assert stage is expected[command]
         settle(dsn, migration.oid)
-        if stage is Stage.VERIFIED:
+        if command == "restore":
+            assert_exact(connection, {"embedding": NEW, "embedding_g3": OLD})
+            migration.cutover(without_follower=True)
+            migration.finalize()
+        elif stage is Stage.VERIFIED:
             assert_exact(connection, {"embedding": OLD, "embedding_g2": NEW})
         elif stage is Stage.CUT_OVER:
             assert_exact(connection, {"embedding_g1": OLD, "embedding": NEW})
@@ -141,7 +147,7 @@ def finish_and_check(dsn: str, connection: psycopg.Connection, command: str) -> 
         stage = migration.latest().stage  # type: ignore[union-attr]
         if not stage.closed:
             migration.abort()
-    assert_exact(connection, {"embedding": NEW if stage is Stage.FINALIZED else OLD})
+    assert_exact(connection, {"embedding": NEW if stage is Stage.FINALIZED and command != "restore" else OLD})
     leftovers = connection.execute(
         "SELECT relname FROM pg_class WHERE relname LIKE 'rv\\_%' UNION SELECT tgname FROM pg_trigger WHERE NOT tgisinternal"
         " UNION SELECT attname FROM pg_attribute WHERE attrelid = 'kb'::regclass AND attname LIKE '%\\_g_'"

@@ -23,8 +23,10 @@ def command(migration: Migration, name: str) -> None:
         )
     elif name == "finalize":
         migration.finalize(drop_backup=True)
-    elif name == "abort":
-        migration.abort()
+    elif name == "finalize_keeping":
+        migration.finalize()
+    elif name in ("abort", "restore"):
+        getattr(migration, name)()
     else:
         getattr(migration, name)(without_follower=True)
 

@@ -27,7 +27,7 @@ from revector.db import Session, block, raw
 from revector.embed import Embedder
 from revector.errors import Closing, GateFailed, PauseBudgetMissed, Refused, RevectorError
 from revector.partitions import Detached, Leaf
-from revector.plan import Generation, Plan, hot_share
+from revector.plan import Generation, Plan, cut_name, hot_share
 from revector.work import Effect, Outcome, Progress, Recorded, Work
 
 #: A window holds about this much encoding, so that a kill costs little paid work ...
@@ -37,6 +37,8 @@ _WINDOW_BLOCKS: Final = (8, 512)
 _WINDOW_ROWS: Final = 1000
 #: The first sweep takes every row; two more take stragglers. What is left is the pending index's and the follower's.
 _SWEEPS: Final = 3
+#: The number under which the windows of a copy from a backup are kept, beside those of the sweeps.
+_FROM_BACKUP: Final = -1
 _BATCHES_AT_ONCE: Final = 8
 _LONGEST_GAP: Final = 5.0
 #: How long a writer keeps asking for ROW EXCLUSIVE while somebody's DDL holds the table.
@@ -675,6 +677,75 @@ def copy_outside(work: Work) -> int:
                         inside=raw(work.plan.inside),
                     )
                     written += at.write(statement, tids=places[place])
+    return written
+
+
+def restore(work: Work) -> Outcome:
+    """Take the vectors of unchanged rows from the backup table; what is changed or new is left to the backfill.
+
+    A row is unchanged when its key is in the backup and its text has the checksum that the backup has. It is written as
+    a window of the backfill is: `ctid` locates, the hash of the text proves, locked rows are skipped, and only NULL is
+    overwritten. Raises `Refused` when the backup is gone.
+    """
+    plan, source = work.plan, work.plan.source
+    assert source is not None
+    found = work.control.row(block("work", "table_name"), table=source.oid)
+    if found is None:
+        raise Refused(
+            f"the backup table {source.name} is gone",
+            why="This migration was to take its vectors from there; the rows that it has not filled yet need the model.",
+            hint=f"revector abort {plan.argument}\nthen embed all rows: revector run {plan.argument} --to {plan.new.model.model}",
+        )
+    backup = sql.Identifier(found.nspname, found.relname)
+    keys = [sql.Identifier(name) for name in source.key]
+    with work.step("restore.windows") as told:
+        name = sql.Identifier(cut_name(found.relname, "_key"))
+        work.control.execute(block("phases/backfill", "backup_key", name=name, backup=backup, key=_listed(keys)))
+        cut = work.ledger.cut(_FROM_BACKUP)
+        sizes = {leaf: _blocks(work.control, leaf) for leaf in work.leaves() if leaf.oid not in cut}
+        for leaf, end in sizes.items():
+            work.ledger.make_windows(_FROM_BACKUP, leaf.oid, _WINDOW_BLOCKS[1], end)
+        told |= {"backup": found.relname, "blocks": sum(sizes.values())}
+    total = work.control.value(block("phases/backfill", "pending_count", **_parts(work, plan.new)))
+    work.ledger.release_leases()
+    same = sql.SQL(" AND ").join(sql.SQL("b.{0} = t.{0}").format(name) for name in keys)
+    parts = {"backup": backup, "vector": sql.Identifier(source.column), "same_key": same}
+    copied, holder = 0, f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    # The backup has an index by its key: without these a window might read all of it.
+    with writer(work, enable_hashjoin="off", enable_mergejoin="off") as session:
+        while taken := work.ledger.lease(_FROM_BACKUP, holder):
+            work.check_stop()
+            relation, lo, hi = taken
+            at = next((leaf for leaf in work.leaves() if leaf.oid == relation), None)
+            written = 0 if at is None else _copy_window(work, session, at, lo, hi, parts)
+            copied += written
+            work.observe(Effect("restore.window"))
+            work.ledger.window_done(_FROM_BACKUP, relation, lo, written, 0)
+            work.observe(Recorded("restore.window", {"lo": lo, "written": written}))
+            work.observe(Progress("restore", min(copied, total), total, "rows"))
+    with work.step("restore.copy") as told:
+        told |= {"backup": found.relname, "rows": copied, "left": total - copied}
+    left = f"; {total - copied:,} are new or changed and are embedded" if total > copied else ""
+    return Outcome(f"{copied:,} vectors taken from {found.relname}{left}", {"copied": copied})
+
+
+def _listed(names: Sequence[sql.Composable]) -> sql.Composable:
+    return sql.SQL(", ").join(names)
+
+
+def _copy_window(work: Work, session: Session, leaf: Leaf, lo: int, hi: int, parts: dict[str, sql.Composable]) -> int:
+    """Stage what the backup has for a window, and write it one line-pointer offset at a time; returns the rows."""
+    ends = {"lo": f"({lo},0)", "hi": f"({hi},0)"}
+    session.execute(block("phases/backfill", "clear"))
+    statement = block("phases/backfill", "stage_backup", **_parts(work, work.plan.new, session, leaf), **parts)
+    session.execute(statement, **ends)
+    written = 0
+    for row in session.rows(block("phases/backfill", "staged_places")):
+        with suppress(Detached), entered(work, session, leaf) as at:
+            column = at.columns[work.plan.new.number]
+            text = raw(work.plan.text_sql)
+            statement = block("phases/backfill", "write_place", column=column, table=at.table, text=text)
+            written += at.write(statement, place=row.place, **ends)
     return written
 
 

@@ -145,3 +145,21 @@ WITH locked AS MATERIALIZED (
    WHERE t.ctid = ANY (%(tids)s::tid[]) AND t.{new} IS NULL AND t.{old} IS NOT NULL AND ({inside}) IS NOT TRUE
      FOR NO KEY UPDATE OF t SKIP LOCKED)
 UPDATE ONLY {table} AS t SET {new} = t.{old} FROM locked l WHERE t.ctid = l.tid;
+
+-- name: backup_key
+-- Each window looks its rows up in the backup by their key.
+-- lock: SHARE on the backup
+CREATE INDEX IF NOT EXISTS {name} ON {backup} ({key});
+
+-- name: stage_backup
+-- Stage the backup's vectors of a window's rows whose key and text are what they were.
+-- lock: ACCESS SHARE
+INSERT INTO pg_temp.staged (tid, hash, place, b)
+SELECT t.ctid, hashtextextended(({text})::text COLLATE "C", 0), (t.ctid::text::point)[1]::int, b.{vector}
+  FROM ONLY {table} AS t JOIN {backup} AS b ON {same_key} AND b.text_checksum = md5(({text})::text)
+ WHERE t.ctid >= %(lo)s::tid AND t.ctid < %(hi)s::tid AND t.{column} IS NULL AND ({text}) IS NOT NULL AND b.{vector} IS NOT NULL;
+
+-- name: staged_places
+-- The line-pointer offsets that have something staged.
+-- lock: none
+SELECT DISTINCT place FROM pg_temp.staged ORDER BY place;

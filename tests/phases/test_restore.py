@@ -1,0 +1,306 @@
+"""The way back after finalize: unchanged rows take their vectors from the backup table, the rest are embedded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from fix_commands import command
+from fix_tables import (
+    NEW,
+    OLD,
+    Halt,
+    advance,
+    assert_exact,
+    assert_no_leftovers,
+    embedder,
+    fill,
+    halting,
+    knowledge_base,
+    one,
+    shape,
+    stage_of,
+    steering,
+    vector,
+)
+from revector import Embedder, Request
+from revector.embed.hashing import Hashing
+from revector.errors import ModelUnavailable, Refused
+from revector.work import Effect, Observation, Progress, Recorded
+
+WITH_BACKUP = Request(from_=OLD, to=NEW, backup=True)
+BEFORE, AFTER = {"embedding": NEW, "embedding_g3": OLD}, {"embedding": OLD, "embedding_g2": NEW}
+
+
+def finalized(dsn: str, connection: psycopg.Connection[Any], rows: int = 120, **options: Any) -> None:
+    """A table whose upgrade is finalized, with its backup kept."""
+    knowledge_base(connection, rows, **options)
+    advance(dsn, "CUT_OVER", WITH_BACKUP)
+    with steering(dsn) as migration:
+        migration.finalize()
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, spec: str = OLD) -> list[str]:
+    """The texts that a model is asked to embed from now on, its probes included."""
+    texts: list[str] = []
+    original = Embedder._make
+
+    class Counting(Hashing):
+        def encode(self, given: Any, prompt: str, kind: str) -> Any:
+            texts.extend(given)
+            return super().encode(given, prompt, kind)
+
+    def make(self: Embedder) -> Any:
+        return Counting(int(spec.partition(":")[2])) if self.spec == spec else original(self)
+
+    monkeypatch.setattr(Embedder, "_make", make)
+    return texts
+
+
+def test_unchanged_rows_are_copied_and_the_rest_embedded(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Edited, new, deleted and re-keyed rows; then the whole road back: verify, cutover, rollback, cutover, finalize."""
+    finalized(dsn, connection, 300)
+    new = "a text of after finalize"
+    connection.execute("UPDATE kb SET content = content || ' edited', embedding = %s WHERE id = 5", (
+        vector(NEW, one(connection, "SELECT content || ' edited' FROM kb WHERE id = 5")),))  # fmt: skip
+    connection.execute("INSERT INTO kb (id, content, embedding) VALUES (900, %s, %s)", (new, vector(NEW, new)))
+    connection.execute("DELETE FROM kb WHERE id = 7")
+    connection.execute("UPDATE kb SET id = 901 WHERE id = 9")
+    connection.execute("UPDATE kb SET note = 'another column' WHERE id < 5")
+    texts = counted(monkeypatch)
+    with steering(dsn) as migration:
+        done = migration.restore()
+        assert (str(done.stage), done.answering) == ("VERIFIED", NEW)
+        assert_exact(connection, "kb", "content", BEFORE, at_least=300)
+        copied = one(connection, "SELECT figures FROM revector.events WHERE step = 'restore.copy'")
+        assert (copied["rows"], copied["left"], copied["backup"]) == (297, 3, "kb_backup_16")
+        embedded = {t for t in texts if t in (new,) or t.endswith("edited") or "row 9 " in t}
+        assert len(embedded) == 3
+        migration.cutover(without_follower=True)
+        migration.rollback(without_follower=True)
+        migration.cutover(without_follower=True)
+        assert_exact(connection, "kb", "content", {"embedding": OLD, "embedding_g2": NEW}, at_least=300)
+        migration.finalize()
+    assert_exact(connection, "kb", "content", {"embedding": OLD}, at_least=300)
+    assert_no_leftovers(connection)
+    assert one(
+        connection, "SELECT attnotnull FROM pg_attribute WHERE attrelid = 'kb'::regclass AND attname = 'embedding'"
+    )
+
+
+def test_a_changed_text_never_takes_the_backups_vector(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Texts that change while the copy is at work, and rows that somebody has locked, are the backfill's."""
+    finalized(dsn, connection, 200)
+    holder = psycopg.connect(dsn)
+
+    def observe(seen: Observation) -> None:
+        if isinstance(seen, Recorded) and seen.step == "restore.windows":
+            connection.execute("UPDATE kb SET content = content || ' late' WHERE id % 3 = 0")
+            holder.execute("SELECT 1 FROM kb WHERE id = 1 FOR UPDATE")
+        elif isinstance(seen, Effect) and seen.step == "restore.copy":
+            assert one(connection, "SELECT embedding_g3 IS NULL FROM kb WHERE id = 1")
+            holder.close()
+
+    with steering(dsn, observe=observe) as migration:
+        migration.restore()
+    fill(dsn, connection)
+    assert one(connection, "SELECT figures ->> 'rows' FROM revector.events WHERE step = 'restore.copy'") == "132"
+    assert_exact(connection, "kb", "content", {"embedding_g3": OLD}, at_least=200)
+
+
+@pytest.mark.parametrize("key", ["composite", "text", "uuid"])
+def test_keys_of_other_kinds(dsn: str, connection: psycopg.Connection[Any], key: str) -> None:
+    knowledge_base(connection, 60)
+    if key == "composite":
+        connection.execute("ALTER TABLE kb DROP CONSTRAINT kb_pkey, ADD PRIMARY KEY (title, id)")
+    elif key == "text":
+        connection.execute("ALTER TABLE kb DROP CONSTRAINT kb_pkey, ADD PRIMARY KEY (title)")
+    else:
+        connection.execute(
+            'ALTER TABLE kb DROP CONSTRAINT kb_pkey, ADD "the Key" uuid DEFAULT gen_random_uuid() NOT NULL'
+        )
+        connection.execute('ALTER TABLE kb ADD PRIMARY KEY ("the Key")')
+    advance(dsn, "CUT_OVER", WITH_BACKUP)
+    with steering(dsn) as migration:
+        migration.finalize()
+        migration.restore()
+    assert one(connection, "SELECT figures ->> 'rows' FROM revector.events WHERE step = 'restore.copy'") == "60"
+    assert_exact(connection, "kb", "content", BEFORE, at_least=60)
+
+
+def test_a_partitioned_table(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A row keeps its key when it moves to another leaf."""
+    connection.execute(
+        "CREATE TABLE kb (id int, content text, embedding vector(16), PRIMARY KEY (id)) PARTITION BY HASH (id)"
+    )
+    for number in range(3):
+        connection.execute(
+            sql.SQL("CREATE TABLE {} PARTITION OF kb FOR VALUES WITH (MODULUS 3, REMAINDER {})").format(
+                sql.Identifier(f"kb_{number}"), number
+            )
+        )
+    for number in range(90):
+        text = f"row {number}"
+        connection.execute("INSERT INTO kb VALUES (%s, %s, %s)", (number, text, vector(OLD, text)))
+    connection.execute("CREATE INDEX kb_embedding_idx ON kb USING hnsw (embedding vector_cosine_ops)")
+    advance(dsn, "CUT_OVER", WITH_BACKUP)
+    with steering(dsn) as migration:
+        migration.finalize()
+        migration.restore()
+    assert one(connection, "SELECT figures ->> 'rows' FROM revector.events WHERE step = 'restore.copy'") == "90"
+    assert_exact(connection, "kb", "content", BEFORE, at_least=90)
+
+
+@pytest.mark.parametrize("step", ["restore.windows", "restore.window", "restore.copy"])
+@pytest.mark.parametrize("kind", [Effect, Recorded])
+def test_ended_in_the_middle_it_goes_on(
+    dsn: str, connection: psycopg.Connection[Any], step: str, kind: type[Observation]
+) -> None:
+    """`restore` again, or `run`: the windows that are done are not read again, and every row is right."""
+    finalized(dsn, connection, 200)
+    for number, again in enumerate(("restore", "run")):
+        with pytest.raises(Halt), steering(dsn, observe=halting(step, kind)) as migration:
+            migration.restore()
+        assert stage_of(connection)[0] == "EXPANDED"
+        with steering(dsn) as migration:
+            getattr(migration, again)()
+        name = f"embedding_g{3 + number}"
+        assert_exact(connection, "kb", "content", {"embedding": NEW, name: OLD}, at_least=200)
+        with steering(dsn) as migration:
+            migration.abort()
+
+
+def test_progress_is_told(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    finalized(dsn, connection, 50)
+    seen: list[Progress] = []
+    with steering(dsn, observe=lambda s: seen.append(s) if isinstance(s, Progress) else None) as migration:
+        migration.restore()
+    told = [p for p in seen if p.phase == "restore"]
+    assert told and (told[-1].done, told[-1].total) == (50, 50)
+
+
+def test_indexes_come_back_as_they_were(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """IVFFlat became HNSW on the way there; on the way back it is IVFFlat with its lists again, under its name."""
+    finalized(dsn, connection, 60, index="ivfflat")
+    assert "hnsw" in one(connection, "SELECT indexdef FROM pg_indexes WHERE indexname = 'kb_embedding_idx'")
+    with steering(dsn) as migration:
+        migration.restore()
+        migration.cutover(without_follower=True)
+        migration.finalize()
+    definition = one(connection, "SELECT indexdef FROM pg_indexes WHERE indexname = 'kb_embedding_idx'")
+    assert "ivfflat" in definition and "lists='4'" in definition
+    assert_no_leftovers(connection)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_backup(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Nothing was ever migrated; migrated without a backup; the backup dropped; each is named, and nothing changes."""
+    knowledge_base(connection, 20)
+    refused = command(dsn, "restore", "kb").exits(3)
+    assert "kb: no migration of this table has left a backup" in refused.err
+    advance(dsn, "CUT_OVER")
+    with steering(dsn) as migration:
+        migration.finalize()
+        with pytest.raises(Refused, match="has left a backup") as caught:
+            migration.restore()
+        assert caught.value.hint == "embed all rows with the old model: revector run kb --to MODEL"
+    advance(dsn, "CUT_OVER", Request(to="hash:24", backup=True))
+    with steering(dsn) as migration:
+        migration.finalize()
+        before = shape(connection)
+        connection.execute("ALTER TABLE kb_backup_32 RENAME TO kept")
+        with pytest.raises(Refused, match="no column") as caught:
+            connection.execute("ALTER TABLE kept RENAME text_checksum TO other")
+            migration.restore()
+        connection.execute("DROP TABLE kept")
+        with pytest.raises(Refused, match="backup table kb_backup_32 is gone") as caught:
+            migration.restore()
+        assert f"revector run kb --to {NEW}" in caught.value.hint
+        assert shape(connection) == before and stage_of(connection)[0] == "FINALIZED"
+
+
+def test_a_backup_of_another_table_is_not_taken(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A table of the right name that this table's migration has not made is the user's own."""
+    finalized(dsn, connection, 20)
+    knowledge_base(connection, 20, name="other")
+    with steering(dsn, "other") as migration, pytest.raises(Refused, match="other: no migration of this table"):
+        migration.restore()
+    connection.execute("ALTER TABLE kb_backup_16 RENAME TO moved; CREATE TABLE kb_backup_16 (LIKE moved)")
+    with steering(dsn) as migration:
+        migration.restore()
+    copied = one(connection, "SELECT figures FROM revector.events WHERE step = 'restore.copy'")
+    assert (copied["backup"], copied["rows"]) == ("moved", 20)
+
+
+def test_a_key_that_is_gone(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    finalized(dsn, connection, 20)
+    connection.execute("ALTER TABLE kb RENAME id TO number")
+    with steering(dsn) as migration, pytest.raises(Refused, match="the key of kb_backup_16 is id") as caught:
+        migration.restore()
+    assert "has no id" in str(caught.value) and f"--to {OLD}" in caught.value.hint
+
+
+def test_while_the_old_vectors_are_still_there(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER", WITH_BACKUP)
+    with steering(dsn) as migration, pytest.raises(Refused, match="is open at CUT_OVER") as caught:
+        migration.restore()
+    assert caught.value.hint == "revector rollback kb"
+
+
+def test_nothing_to_go_back_to(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    finalized(dsn, connection, 20)
+    with steering(dsn) as migration:
+        migration.restore()
+        migration.cutover(without_follower=True)
+        migration.finalize()
+        with pytest.raises(Refused, match="answers already"):
+            migration.restore()
+
+
+# -- a model that cannot be loaded any more ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_without_its_model_it_goes_as_far_as_the_backup_does(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, changed: bool
+) -> None:
+    """All is copied; where the model is needed (a changed row, else verify) it stops by name, and goes on when it is back."""
+    finalized(dsn, connection, 60)
+    if changed:
+        connection.execute("UPDATE kb SET content = 'changed', embedding = %s WHERE id = 3", (vector(NEW, "changed"),))
+    original = Embedder._make
+
+    def make(self: Embedder) -> Any:
+        if self.spec == OLD:
+            raise ModelUnavailable("the folder of hash:16 is empty", hint="fetch it")
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Embedder, "_make", make)
+        embedder.cache_clear()
+        with steering(dsn) as migration, pytest.raises(ModelUnavailable, match="the folder of hash:16 is empty"):
+            migration.restore()
+    assert stage_of(connection)[0] == ("EXPANDED" if changed else "INDEXED")
+    assert one(connection, "SELECT count(*) FROM kb WHERE embedding_g3 IS NULL") == int(changed)
+    with steering(dsn) as migration:
+        assert str(migration.restore().stage) == "VERIFIED"
+    assert_exact(connection, "kb", "content", BEFORE, at_least=60)
+
+
+def test_the_commands_say_the_way(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    knowledge_base(connection, 30)
+    command(dsn, "run", "kb", "--from", OLD, "--to", NEW, "--backup").exits(0)
+    command(dsn, "cutover", "kb", "--without-follower").exits(0)
+    there = command(dsn, "finalize", "kb").exits(0)
+    assert there.out.endswith("back: revector restore kb (takes the old vectors from kb_backup_16)\n")
+    back = command(dsn, "restore", "kb").exits(0)
+    assert "30 vectors taken from kb_backup_16" in back.err and back.out.startswith(f"kb is VERIFIED; {NEW} answers.")
+    assert "\nnext: revector cutover kb\n" in back.out
