@@ -19,12 +19,13 @@ from fix_tables import (
     body,
     fill,
     following,
+    one,
     steering,
     vector,
 )
 from revector import Request
 from revector.errors import Refused
-from revector.phases import index, verify
+from revector.phases import backfill, index, verify
 from revector.work import Note, Recorded
 
 ROWS = 60
@@ -303,3 +304,37 @@ def test_a_busy_partition_delays_its_index_and_is_named(dsn: str, connection: ps
             migration.run(REQUEST)
     assert any("was busy" in text and "In the way: session" in text for text in told)
     exact(connection, embedding=OLD, embedding_g2=NEW)
+
+
+@pytest.mark.parametrize("how", ["ALTER TABLE docs DETACH PARTITION docs_p0", "DROP TABLE docs_p0"])
+@pytest.mark.parametrize("when", ["windows", "encode"])
+def test_a_partition_that_goes_while_it_is_filled(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, how: str, when: str
+) -> None:
+    """Between cutting and reading, or reading and writing: nothing more is written to it, and the rest goes on."""
+    partitioned(connection, "list", ROWS)
+    encode, gone = backfill.encode, []
+
+    def going() -> None:
+        if not gone:
+            gone.append(connection.execute(how))
+
+    def encoding(*arguments: Any) -> Any:
+        if when == "encode":
+            going()
+        return encode(*arguments)
+
+    def observe(seen: Any) -> None:
+        if when == "windows" and isinstance(seen, Recorded) and seen.step == "backfill.windows":
+            going()
+
+    monkeypatch.setattr(backfill, "encode", encoding)
+    with steering(dsn, "docs", observe) as migration:
+        migration.run(REQUEST)
+    assert gone
+    assert_exact(connection, "docs", "content", {"embedding": OLD, "embedding_g2": NEW}, at_least=20)
+    if "DETACH" in how:
+        assert one(connection, "SELECT count(embedding_g2) FROM docs_p0") == 0
+    with steering(dsn, "docs") as migration:
+        migration.abort()
+    clean(connection)
