@@ -6,6 +6,7 @@ from leaf to leaf, names may not: a column is resolved on the table and read und
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from psycopg import sql
@@ -144,6 +145,13 @@ def strict(session: Session, table: int, column: str) -> tuple[tuple[int, str], 
     tables = [part.oid for part in below(session, table)]
     found = session.rows(block("partitions", "strict"), table=table, tables=tables, column=column) if tables else ()
     return tuple((row.oid, row.name) for row in found)
+
+
+def not_null_part(session: Session, table: int, columns: Sequence[str]) -> tuple[Leaf, str] | None:
+    """A partition in which one of these columns is NOT NULL, and that column: one that was attached so."""
+    tables = [part.oid for part in below(session, table)]
+    row = session.row(block("partitions", "not_null_parts"), tables=tables, columns=list(columns))
+    return (Leaf(row.oid, row.schema, row.name), row.column) if row is not None else None
 
 
 def index_parts(session: Session, index: int) -> dict[int, IndexPart]:

@@ -338,3 +338,28 @@ def test_a_partition_that_goes_while_it_is_filled(
     with steering(dsn, "docs") as migration:
         migration.abort()
     clean(connection)
+
+
+def test_a_partition_attached_with_not_null_is_refused_by_cutover(
+    dsn: str, connection: psycopg.Connection[Any]
+) -> None:
+    """From SERVED on an edited row has no vector for a moment: NOT NULL in one partition would be the writer's error."""
+    partitioned(connection, "list", ROWS)
+    advance(dsn, "SERVED", table="docs")
+    connection.execute("CREATE TABLE docs_came (LIKE docs INCLUDING DEFAULTS)")
+    connection.execute("ALTER TABLE docs_came ALTER embedding SET NOT NULL")
+    connection.execute("ALTER TABLE docs ATTACH PARTITION docs_came FOR VALUES IN (8)")
+    with steering(dsn, "docs") as migration, pytest.raises(Refused) as caught:
+        migration.cutover(without_follower=True)
+    assert "embedding is NOT NULL in partition docs_came" in str(caught.value)
+    connection.execute(caught.value.hint.split(";")[0])
+    with steering(dsn, "docs") as migration:
+        migration.cutover(without_follower=True)
+        migration.finalize()
+    assert one(
+        connection,
+        "SELECT bool_and(attnotnull) FROM pg_attribute WHERE attname = 'embedding' AND attrelid IN"
+        " (SELECT relid FROM pg_partition_tree('docs'))",
+    )
+    exact(connection, embedding=NEW)
+    clean(connection)

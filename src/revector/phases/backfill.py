@@ -557,7 +557,25 @@ class Filler:
 
         A locked row is skipped and met again on the next walk, so a locked head cannot starve the rest.
         """
-        return sum(self._walk(leaf) for leaf in self.work.leaves(self.reader))
+        leaves = self.work.leaves(self.reader)
+        if len(leaves) > 1:
+            waiting = self._waiting()
+            leaves = tuple(leaf for leaf in leaves if leaf.oid in waiting)
+        return sum(self._walk(leaf) for leaf in leaves)
+
+    def _waiting(self) -> set[int]:
+        """The leaves with pending rows, asked at once: most of many have none."""
+        return {
+            row.oid
+            for number in self.numbers
+            for row in self.reader.rows(
+                block(
+                    "phases/backfill",
+                    "waiting",
+                    **_parts(self.work, self.work.plan.generation(number), self.reader),
+                )
+            )
+        }
 
     def _walk(self, leaf: Leaf) -> int:
         written, after = 0, "(0,0)"

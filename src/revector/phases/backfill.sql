@@ -76,6 +76,11 @@ SELECT what FROM (
   UNION ALL SELECT age(transaction), format('prepared transaction %s', gid) FROM pg_prepared_xacts) AS holders
  ORDER BY age DESC LIMIT 1;
 
+-- name: waiting
+-- The leaves that have pending rows, through the parts of the pending index.
+-- lock: ACCESS SHARE
+SELECT DISTINCT t.tableoid AS oid FROM {table} AS t WHERE t.{column} IS NULL AND ({text}) IS NOT NULL;
+
 -- name: pending_rows
 -- Rows pending in one generation, through its pending index, from a place in the heap on; refused texts are skipped.
 -- lock: ACCESS SHARE
