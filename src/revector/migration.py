@@ -946,11 +946,13 @@ def blocked(name: str, made: Draft) -> Refused:
 def _statements(plan: Plan, facts: Facts) -> tuple[tuple[str, str], ...]:
     table = facts.table.identifier
     renames = cutover.index_renames(plan, plan.schema, plan.old, plan.new)
+    below = facts.table.partitions.parts if facts.table.partitions else ()
+    leaf = next((part.identifier for part in below if part.kind == "r"), table)
     parts: Sequence[tuple[str, Sequence[sql.Composable]]] = (
         ("backup", backup.statements(plan, table) if plan.backup else ()),
         ("expand", expand.statements(plan, table)),
-        ("backfill, for each window and line pointer", backfill.statements(plan, table)),
-        ("index", index.statements(plan, table)),
+        ("backfill, for each window and line pointer", backfill.statements(plan, leaf)),
+        ("index", index.statements(plan, table, below)),
         ("cutover: served", serve.statements(plan, table)),
         ("cutover", [*cutover.swap(plan, table, plan.old, plan.new), *renames.values()]),
         ("finalize", finalize.statements(plan, table, facts.server.version_num)),

@@ -53,6 +53,13 @@ def survey(
     server = read_server(session)
     table = read_table(session, find_table(session, name))
     check_vector(server)
+    if table.parent is not None:
+        # Said first: what is missing for a partition would not be missing for the whole.
+        raise Refused(
+            f"{table.name} is a partition of {table.parent}",
+            why="One column cannot have two names in one partitioned table. Nothing was changed.",
+            hint=f"name the whole table: {table.parent}",
+        )
     column = table.vector_column(request.vector or _vector_column(table))
     known = exists(session)
     if known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import psycopg
@@ -363,3 +364,30 @@ def test_a_partition_attached_with_not_null_is_refused_by_cutover(
     )
     exact(connection, embedding=NEW)
     clean(connection)
+
+
+def test_plan_shows_the_statements_of_every_partition(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """What `plan` prints for the index phase is what `run` then executes, as a set."""
+    partitioned(connection, "two levels", ROWS)
+    with steering(dsn, "docs") as migration:
+        told = {statement for phase, statement in migration.preview(REQUEST).statements if phase == "index"}
+        assert any("ON ONLY" in s for s in told)
+        assert any(s.startswith("ALTER INDEX") and "rv_docs_p2_a_g2_1" in s for s in told)
+    advance(dsn, "BACKFILLED", table="docs")
+    executed: list[str] = []
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            executed.append(record.getMessage())
+
+    logger, handler = logging.getLogger("revector.sql"), Told()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        advance(dsn, "INDEXED", table="docs")
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    sent = "\n".join(executed)
+    assert [statement for statement in told if statement not in sent] == []

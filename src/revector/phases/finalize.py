@@ -82,7 +82,12 @@ def statements(plan: Plan, table: sql.Composable, server_version: int) -> list[s
     return [
         *trigger.drop(plan, table),
         *(back if plan.not_null else []),
-        *(block("work", "drop_index", name=sql.Identifier(plan.schema, name)) for name in doomed),
+        *(
+            block("phases/finalize", "drop_index_of_all", name=sql.Identifier(plan.schema, name))
+            if plan.partitioned
+            else block("work", "drop_index", name=sql.Identifier(plan.schema, name))
+            for name in doomed
+        ),
         block("phases/finalize", "drop_column", table=table, column=sql.Identifier(plan.old.column)),
     ]
 

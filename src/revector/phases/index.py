@@ -7,7 +7,7 @@ run drops and builds again. The name is in the ledger before the index is: a lef
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -51,13 +51,22 @@ def run(work: Work) -> Outcome:
     return Outcome(f"{', '.join(built)} built and valid", {"indexes": built})
 
 
-def statements(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
-    """Everything that the phase executes, the vector indexes first."""
-    return [
-        *(_vector_statement(plan, target, table, target.name) for target in plan.indexes),
-        *(_pending_statement(plan, g, table, g.pending_index) for g in (plan.new, plan.old)),
-        block("phases/index", "analyze", table=table),
+def statements(plan: Plan, table: sql.Composable, parts: Sequence[Part] = ()) -> list[sql.Composable]:
+    """Everything that the phase executes, the vector indexes first; `parts`: what is below a partitioned table."""
+    indexes: list[tuple[str, str, Generation, _Make]] = [
+        *((t.name, f"_{n}", plan.new, partial(_vector_statement, plan, t)) for n, t in enumerate(plan.indexes, 1)),
+        *((g.pending_index, "_pending", g, partial(_pending_statement, plan, g)) for g in (plan.new, plan.old)),
     ]
+    told: list[sql.Composable] = []
+    for name, suffix, generation, make in indexes:
+        told.append(make(table, name, root=plan.partitioned))
+        names = {plan.table_oid: sql.Identifier(plan.schema, name)}
+        for part in parts:
+            own = own_name(part.schema, part.name, generation.number, suffix)
+            names[part.oid] = sql.Identifier(part.schema, own)
+            told.append(make(part.identifier, own, root=part.kind == "p"))
+            told.append(block("phases/index", "attach", index=names[part.parent], part=names[part.oid]))
+    return [*told, block("phases/index", "analyze", table=table)]
 
 
 def _vector_statement(
