@@ -21,14 +21,14 @@ from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
 import typer
 import typer.core
 
 from revector import __version__, report
-from revector.errors import Interrupted, Refused, Resumable, RevectorError, UsageError
+from revector.errors import GateFailed, Interrupted, Refused, Resumable, RevectorError, UsageError
 
 if TYPE_CHECKING:
     from revector.db import PauseLimits
@@ -374,6 +374,16 @@ WhenFile = Annotated[
 ]
 
 
+Check = Annotated[
+    bool,
+    typer.Option(
+        "--check",
+        rich_help_panel=CUTOVER,
+        help="Change nothing; count the rows that search would miss. Exit 1 if any.",
+    ),
+]
+
+
 @app.callback(invoke_without_command=True)
 def _program(
     context: typer.Context,
@@ -684,6 +694,8 @@ def cutover(
     attempts: Attempts = 5,
     at: At = None,
     when_file: WhenFile = None,
+    check: Check = False,
+    as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Let the new model answer; the pause is milliseconds.
@@ -694,6 +706,9 @@ def cutover(
     Example: revector cutover knowledge_base
     """
     _not_both(follow, without_follower)
+    if check or as_json:
+        _check_missing(table, "cutover", verbose, as_json=as_json, check=check)
+        return
     limits, when = _limits(max_pause_ms, attempts), _moment(at, when_file)
     with _steering(table, verbose) as (migration, terminal):
         began = time.monotonic()
@@ -717,6 +732,14 @@ def finalize(
     allow_failed: AllowFailed = 0,
     max_pause_ms: MaxPause = 200,
     attempts: Attempts = 5,
+    quiet_for: Annotated[
+        str,
+        typer.Option(
+            "--quiet-for",
+            metavar="SPAN",
+            help="Refuse while the old side wrote within 0, 30s, 10m, 1h, 2d. Default: 1h.",
+        ),
+    ] = "1h",
     verbose: Verbose = False,
 ) -> None:
     """Drop the old vectors: the only step without a way back.
@@ -725,10 +748,16 @@ def finalize(
 
     Example: revector finalize knowledge_base
     """
+    from revector.moment import parse_span
+
+    quiet = parse_span(quiet_for, "--quiet-for")
     with _steering(table, verbose) as (migration, terminal):
         began = time.monotonic()
         done = migration.finalize(
-            allow_failed=allow_failed, drop_backup=drop_backup, limits=_limits(max_pause_ms, attempts)
+            allow_failed=allow_failed,
+            drop_backup=drop_backup,
+            quiet_for=quiet,
+            limits=_limits(max_pause_ms, attempts),
         )
         _done(migration, terminal, done, began)
 
@@ -760,6 +789,8 @@ def rollback(
     attempts: Attempts = 5,
     at: At = None,
     when_file: WhenFile = None,
+    check: Check = False,
+    as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Let the old model answer again; no write since is lost.
@@ -769,6 +800,9 @@ def rollback(
     Example: revector rollback knowledge_base
     """
     _not_both(follow, without_follower)
+    if check or as_json:
+        _check_missing(table, "rollback", verbose, as_json=as_json, check=check)
+        return
     limits, when = _limits(max_pause_ms, attempts), _moment(at, when_file)
     with _steering(table, verbose) as (migration, terminal):
         began = time.monotonic()
@@ -1148,6 +1182,29 @@ def _request(
         backup=backup or None,
         consents=Consents(accept_triggers=accept_triggers, include_null=include_null),
     )
+
+
+def _check_missing(
+    table: str, command: Literal["cutover", "rollback"], verbose: bool, *, as_json: bool, check: bool
+) -> None:
+    """What search would miss after a swap now; an error when it is anything."""
+    from revector.migration import Migration
+
+    if not check:
+        raise UsageError("--json: only with --check", hint="add --check, or look at status --json")
+    with (
+        _terminal(verbose) as terminal,
+        Migration.open(_settings(), table=table, observe=terminal, steer=False) as migration,
+    ):
+        found = migration.missing(command)
+        terminal.say(_json(found.to_json()) if as_json else report.missing(found))
+    if found.rows:
+        name = shlex.quote(table)
+        raise GateFailed(
+            f"{table}: search would miss {found.rows:,} {'row' if found.rows == 1 else 'rows'} after {command}",
+            why="Nothing was changed.",
+            hint=f"fill what can be filled: revector follow {name} --once\nthen: revector {command} {name} --check",
+        )
 
 
 def _limits(max_pause_ms: int, attempts: int) -> PauseLimits:

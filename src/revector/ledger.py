@@ -381,6 +381,20 @@ class Ledger:
         rows = self._rows("failed", migration=self.migration, generation=generation)
         return {r.text_hash: Failure(r.text_hash, r.kind, r.error) for r in rows}
 
+    def note_write(self, generation: int, version: str) -> bool:
+        """Remember that an application has written a generation; `version`: xmin of the newest row that shows it.
+
+        False when that row version is older than the last swap: what it says of the sides no longer holds.
+        """
+        statement = block("ledger", "note_write")
+        told = {"table": self.table, "number": generation, "migration": self.migration, "version": version}
+        return self.session.execute(statement, **told) > 0
+
+    def writes(self) -> dict[int, tuple[float | None, float | None]]:
+        """Generation number -> seconds since an application last wrote it, and since the last swap; None: never."""
+        rows = self._rows("activity", table=self.table, migration=self.migration)
+        return {r.number: (r.written, r.swapped) for r in rows}
+
     def fail(self, generation: int, text_hash: int, kind: str, error: str) -> None:
         """Record a text that a model refuses."""
         self._run(

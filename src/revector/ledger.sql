@@ -52,6 +52,7 @@ UPDATE revector.windows w SET relation = m.table_oid FROM revector.migrations m 
 DELETE FROM revector.windows WHERE relation IS NULL;
 ALTER TABLE revector.windows DROP CONSTRAINT windows_pkey, ADD PRIMARY KEY (migration, sweep, relation, lo);
 ALTER TABLE revector.generations ADD COLUMN filter text;
+ALTER TABLE revector.generations ADD COLUMN written timestamptz;
 DROP INDEX revector.one_live_generation;
 CREATE UNIQUE INDEX one_live_generation ON revector.generations (table_oid, attnum, coalesce(filter, '')) WHERE live;
 
@@ -217,6 +218,26 @@ UPDATE revector.windows SET heartbeat = clock_timestamp()
 -- lock: none
 UPDATE revector.windows SET done = clock_timestamp(), written = %(written)s, hot = %(hot)s
  WHERE migration = %(migration)s AND sweep = %(sweep)s AND relation = %(relation)s::oid AND lo = %(lo)s;
+
+-- name: note_write
+-- Remember that an application wrote a generation; a row version from before the last swap was written under other names.
+-- lock: none
+UPDATE revector.generations SET written = clock_timestamp()
+ WHERE table_oid = %(table)s::oid AND number = %(number)s
+   AND age(%(version)s::xid) <= coalesce((
+       SELECT age(e.xmin) FROM revector.events e
+        WHERE e.table_oid = %(table)s::oid AND e.migration = %(migration)s AND e.step IN ('cutover', 'rollback')
+        ORDER BY e.id DESC LIMIT 1), 2147483647);
+
+-- name: activity
+-- Seconds since each generation was last seen written, and since the last swap.
+-- lock: none
+SELECT g.number, extract(epoch FROM clock_timestamp() - g.written)::float8 AS written,
+       extract(epoch FROM clock_timestamp() - (
+         SELECT e.at FROM revector.events e
+          WHERE e.table_oid = %(table)s::oid AND e.migration = %(migration)s AND e.step IN ('cutover', 'rollback')
+          ORDER BY e.id DESC LIMIT 1))::float8 AS swapped
+  FROM revector.generations g WHERE g.table_oid = %(table)s::oid;
 
 -- name: fail
 -- Record texts that the model refuses.

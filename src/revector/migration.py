@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from psycopg import sql
 
@@ -48,6 +48,10 @@ _FOLLOWER_PATIENCE: Final = 30.0
 #: Seconds between two looks at what is pending while a swap waits for its moment.
 _LOOK_WHILE_WAITING: Final = 2.0
 NO_CONSENTS: Final = Consents()
+#: How long the old side must not have been written before it may be dropped, in seconds.
+QUIET_FOR: Final = 3600.0
+#: From this server version on `pg_stat_all_indexes` tells when an index was last scanned.
+_TELLS_READS: Final = 160000
 _PHASES: Final = ("preconditions", "backup", "expand", "backfill", "index", "verify")
 
 
@@ -97,6 +101,9 @@ class Side:
     dimension: int
     pending: int | None
     role: str = "live"
+    #: Seconds since an application was last seen writing it, and since its indexes were last scanned; None: not known.
+    written: float | None = None
+    read: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +132,7 @@ class Status:
             told: dict[str, Any] = {"column": s.column, "model": s.model, "dimension": s.dimension}
             if role:
                 told["role"] = s.role
-            return {**told, "pending": s.pending}
+            return {**told, "pending": s.pending, "written_s": _whole(s.written), "read_s": _whole(s.read)}
 
         return {
             "format": 1,
@@ -140,6 +147,45 @@ class Status:
             "backup": None
             if self.backup is None
             else {"table": self.backup[0], "bytes": self.backup[1], "age_s": round(self.backup[2])},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """The rows that search would miss if the sides were swapped now."""
+
+    table: str
+    command: str
+    #: The model that would answer.
+    model: str
+    #: Not filled yet; the follower does it.
+    waiting: int
+    #: That model refuses their text.
+    refused: int
+    #: They have a vector of the other model and no text to embed.
+    without_text: int
+    #: Outside `--where`, with a vector of the other model alone.
+    outside: int
+    followers: int
+
+    @property
+    def rows(self) -> int:
+        """All of them."""
+        return self.waiting + self.refused + self.without_text + self.outside
+
+    def to_json(self) -> dict[str, Any]:
+        """The public format 1: keys are added, never renamed."""
+        return {
+            "format": 1,
+            "table": self.table,
+            "command": self.command,
+            "model": self.model,
+            "missing": self.rows,
+            "waiting": self.waiting,
+            "refused": self.refused,
+            "without_text": self.without_text,
+            "outside": self.outside,
+            "followers": self.followers,
         }
 
 
@@ -247,6 +293,30 @@ class Migration:
         """Every step with its figures, oldest first."""
         with translated(self._command("events")):
             return self.ledger.events(limit) if ledgers.exists(self.control) else []
+
+    def missing(self, command: Literal["cutover", "rollback"]) -> Missing:
+        """Which rows search would miss after `command`, if it came now; changes nothing."""
+        with translated(self._command(command)):
+            row = self.ledger.check_transition(command, self.latest(), self.name)
+            work, plan = self._work(row), row.plan
+            outgoing, incoming = (plan.old, plan.new) if command == "cutover" else (plan.new, plan.old)
+            names = {
+                "incoming": sql.Identifier(work.column(incoming) or incoming.column),
+                "outgoing": sql.Identifier(work.column(outgoing) or outgoing.column),
+            }
+            parts = {"table": work.table, "text": raw(plan.text_sql)}
+            without_text = block("migration", "without_text", inside=raw(plan.inside), **names, **parts)
+            waiting = block("phases/backfill", "pending_unrefused", column=names["incoming"], **parts)
+            return Missing(
+                self.name,
+                command,
+                incoming.model.model,
+                int(self.control.value(waiting, migration=row.id, generation=incoming.number, limit=2**62)),
+                work.refused_rows(incoming),
+                int(self.control.value(without_text)),
+                work.outside_lost(outgoing, incoming),
+                self.ledger.followers(),
+            )
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
@@ -375,10 +445,20 @@ class Migration:
         return self.run(request, allow_failed=allow_failed, limits=limits)
 
     def finalize(
-        self, *, allow_failed: int = 0, drop_backup: bool = False, limits: PauseLimits = DEFAULT_LIMITS
+        self,
+        *,
+        allow_failed: int = 0,
+        drop_backup: bool = False,
+        quiet_for: float = QUIET_FOR,
+        limits: PauseLimits = DEFAULT_LIMITS,
     ) -> Result:
-        """Drop the old generation: the only step without a way back."""
-        return self._close("finalize", allow_failed=allow_failed, drop_backup=drop_backup, limits=limits)
+        """Drop the old generation: the only step without a way back.
+
+        Refused while the old side has written within `quiet_for` seconds, for somebody still uses it.
+        """
+        return self._close(
+            "finalize", allow_failed=allow_failed, drop_backup=drop_backup, quiet_for=quiet_for, limits=limits
+        )
 
     def abort(self, *, limits: PauseLimits = DEFAULT_LIMITS) -> Result:
         """Give up: drop the candidate; the table is as it was."""
@@ -530,7 +610,15 @@ class Migration:
         work.check_stop()
         work.note(f"the moment has come, after {seconds:.0f} s")
 
-    def _close(self, command: str, *, allow_failed: int = 0, drop_backup: bool = False, limits: PauseLimits) -> Result:
+    def _close(
+        self,
+        command: str,
+        *,
+        allow_failed: int = 0,
+        drop_backup: bool = False,
+        quiet_for: float = 0.0,
+        limits: PauseLimits,
+    ) -> Result:
         assert command in ("finalize", "abort")
         with translated(self._command(command)):
             row = self.ledger.check_transition(command, self.latest(), self.name)
@@ -540,6 +628,7 @@ class Migration:
             guarded = row.closing is None and row.stage in (Stage.SERVED, Stage.CUT_OVER)
             if guarded and command == "finalize":
                 trigger.check(self.control, plan)
+                self._check_quiet(work, quiet_for)
                 self._check_refused(
                     work, keep, allow_failed, command, "The old vectors would be the last these rows have."
                 )
@@ -547,6 +636,9 @@ class Migration:
                 if guarded:
                     with work.step(f"{command}.catch_up") as told:
                         told["left"] = dict(work.catch_up([keep.number]))
+                    if command == "finalize":
+                        # What was filled just now may be the old side's.
+                        self._check_quiet(work, quiet_for, tell=False)
                     self._check_outside(work, back=command == "abort")
                 outcome = finalize.run(
                     work,
@@ -603,6 +695,39 @@ class Migration:
             if work.plan.declared
             else "they are locked by others: give the same command again",
         )
+
+    def _check_quiet(self, work: Work, quiet_for: float, *, tell: bool = True) -> None:
+        """Say when each side was last written and read; refuse while the old one still is written."""
+        plan, writes = work.plan, self.ledger.writes()
+        if tell:
+            for generation, answers in ((plan.new, True), (plan.old, False)):
+                written, read = writes[generation.number][0], self._last_read(plan, generation, live=answers)
+                known = self.control.connection.info.server_version >= _TELLS_READS
+                self.observe(
+                    Note(
+                        f"{generation.model.model}: last written {_ago(written, 'not since SERVED')},"
+                        f" last read {_ago(read, 'never' if known else 'unknown (PostgreSQL 16 or newer tells it)')}"
+                    )
+                )
+        written, swapped = writes[plan.old.number]
+        # Before the cutover the bare name was the old side's: that was no sign of life of an old version.
+        if written is None or written >= quiet_for or (swapped is not None and written > swapped):
+            return
+        raise Refused(
+            f"{self.name}: {plan.old.model.model} was written {_ago(written, '')}, within the last {_span(quiet_for)}",
+            why="A version of the application still writes its vectors: it would fail, or search would miss its rows."
+            " Nothing was changed.",
+            hint=f"stop it, and in {_span(max(quiet_for - written, 1))}: revector finalize {self.argument}\n"
+            f"or ask for less: revector finalize {self.argument} --quiet-for {_span(max(written // 2, 0))}",
+        )
+
+    def _last_read(self, plan: Plan, generation: Generation, *, live: bool) -> float | None:
+        """Seconds since the vector indexes of a generation were last scanned; None: never, or not known."""
+        if self.control.connection.info.server_version < _TELLS_READS:
+            return None
+        names = plan.index_names_of(generation, live=live)
+        found = self.control.value(block("migration", "last_read"), table=plan.table_oid, names=names)
+        return None if found is None else max(float(found), 0.0)
 
     @contextmanager
     def _catching_up(self, work: Work, number: int | None) -> Iterator[None]:
@@ -798,16 +923,25 @@ class Migration:
         blank = self.control.value(
             block("migration", "blank", table=work.table, text=raw(plan.text_sql), inside=raw(plan.inside))
         )
-        live = Side(
-            work.column(answering) or plan.column,
-            answering.model.model,
-            answering.model.dimension,
-            pending(answering) if guarded else None,
-        )
+        writes = self.ledger.writes()
+
+        def side(generation: Generation, column: str, pending: int | None, role: str) -> Side:
+            model, answers = generation.model, generation is answering
+            return Side(
+                column,
+                model.model,
+                model.dimension,
+                pending,
+                role,
+                writes.get(generation.number, (None, None))[0],
+                self._last_read(plan, generation, live=answers),
+            )
+
+        live = side(answering, work.column(answering) or plan.column, pending(answering) if guarded else None, "live")
         role = "previous" if row.stage is Stage.CUT_OVER else "candidate"
         second = None
         if (column := work.column(other)) is not None:
-            second = Side(column, other.model.model, other.model.dimension, pending(other), role)
+            second = side(other, column, pending(other), role)
         following = row.closing or NEXT[row.stage]
         saved = None
         if plan.backup and (oid := self.ledger.owned().get(("backup", plan.backup))):
@@ -827,6 +961,27 @@ class Migration:
             f"revector {following} {self.argument}",
             saved,
         )
+
+
+def _whole(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds)
+
+
+def _span(seconds: float) -> str:
+    """As `--quiet-for` takes it: `0`, `45s`, `10m`, `1h`, `2d`."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size and not round(seconds) % size:
+            return f"{round(seconds) // size}{unit}"
+    return f"{round(seconds)}s" if round(seconds) else "0"
+
+
+def _ago(seconds: float | None, nothing: str) -> str:
+    if seconds is None:
+        return nothing
+    for size, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {name} ago"
+    return f"{seconds:.0f} s ago"
 
 
 def way_back(session: Session, ledger: Ledger, name: str, vector: str | None) -> dict[str, Any]:

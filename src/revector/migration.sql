@@ -9,3 +9,17 @@ SELECT count(*) FROM {table} AS t WHERE ({inside}) AND (({text}) IS NULL OR btri
 SELECT pg_total_relation_size(%(table)s::oid::regclass) AS bytes,
        extract(epoch FROM clock_timestamp() - max(at))::float8 AS age
   FROM revector.events WHERE migration = %(migration)s AND step = 'backup.verify';
+
+-- name: last_read
+-- Seconds since one of these indexes, or a partition of one, was last scanned (PostgreSQL 16); our own searches count.
+-- lock: none
+SELECT extract(epoch FROM clock_timestamp() - max(s.last_idx_scan))::float8
+  FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+  JOIN pg_stat_all_indexes s ON s.indexrelid = c.oid OR s.indexrelid IN (SELECT relid FROM pg_partition_tree(c.oid))
+ WHERE i.indrelid = %(table)s::oid AND c.relname = ANY (%(names)s);
+
+-- name: without_text
+-- Rows that only the outgoing generation has a vector of, though they have no text: nobody will ever fill them.
+-- lock: ACCESS SHARE, for a scan
+SELECT count(*) FROM {table} AS t
+ WHERE t.{outgoing} IS NOT NULL AND t.{incoming} IS NULL AND ({text}) IS NULL AND ({inside}) IS TRUE;

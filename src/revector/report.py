@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from revector.knowledge_base import Loaded, Registered
     from revector.ledger import Event
     from revector.maintenance import Versions
-    from revector.migration import Preview, Result, Side, Status
+    from revector.migration import Missing, Preview, Result, Side, Status
     from revector.plan import Finding, Request, TargetIndex
     from revector.search import SearchResult
 
@@ -388,13 +388,37 @@ def status(now: Status) -> str:
 
 def _side(side: Side, width: Sequence[int]) -> str:
     pending = "" if side.pending is None else f"  {side.pending:,} pending"
-    return f"{side.column:<{width[0]}}  {side.model:<{width[1]}}  {side.dimension:>5}-d{pending}"
+    seen = [
+        f"{what} {duration(age)} ago"
+        for what, age in (("written", side.written), ("read", side.read))
+        if age is not None
+    ]
+    told = f"  {', '.join(seen)}" if seen else ""
+    return f"{side.column:<{width[0]}}  {side.model:<{width[1]}}  {side.dimension:>5}-d{pending}{told}"
 
 
 def _no_follower(now: Status) -> str:
     if str(now.stage) in ("SERVED", "CUT_OVER"):
         return f"none: edited rows stay without vectors; revector follow {shlex.quote(now.table)}"
     return "none"
+
+
+def missing(found: Missing) -> str:
+    """What search would miss after a swap that came now."""
+    table = shlex.quote(found.table)
+    head = f"{found.table}: after {found.command} {found.model} answers, and search misses"
+    if not found.rows:
+        return f"{head} no row.\nnext: revector {found.command} {table}"
+    rows = [(told, count) for told, count in (
+        ("wait for the follower", found.waiting), (f"refused by {found.model}", found.refused),
+        ("have no text to embed", found.without_text), ("outside --where", found.outside),
+    ) if count]  # fmt: skip
+    width = max(len(told) for told, _ in rows)
+    lines = [
+        f"{head} {found.rows:,} {'row' if found.rows == 1 else 'rows'}.",
+        *(f"  {t:<{width}}  {n:,}" for t, n in rows),
+    ]
+    return "\n".join([*lines, f"  {'followers alive':<{width}}  {found.followers}"])
 
 
 def statuses(all_of_them: Sequence[Status]) -> str:

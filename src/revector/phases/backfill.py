@@ -43,6 +43,8 @@ _BATCHES_AT_ONCE: Final = 8
 _LONGEST_GAP: Final = 5.0
 #: How long a writer keeps asking for ROW EXCLUSIVE while somebody's DDL holds the table.
 _LOCK_PATIENCE: Final = 120.0
+#: Seconds between two notes in the ledger that a side has written.
+_NOTED_EVERY: Final = 2.0
 _FILL_LIMIT: Final = 256
 #: Attempts at a write-back between whose snapshot and lock rows are moved to other leaves.
 _MOVES: Final = 20
@@ -394,19 +396,29 @@ class _Entered:
     session: Session
     #: Whether an UPDATE of the application's can move rows to another leaf.
     moves: bool
+    #: Whether both generations are ours to fill.
+    served: bool
 
     def write(self, statement: sql.Composable, **params: object) -> int:
-        """Run a write-back; returns the rows written.
+        """Run a write-back; returns the rows written."""
+        return int(self._tried(lambda: self.session.execute(statement, **params), 0))
+
+    def ask(self, statement: sql.Composable) -> list[Any]:
+        """Run a write-back that tells something of what it wrote; returns its rows."""
+        return list(self._tried(lambda: self.session.rows(statement), ()))
+
+    def _tried(self, run: Callable[[], Any], nothing: Any) -> Any:
+        """Run a write-back where rows may move.
 
         A row that is moved to another leaf between our snapshot and our lock is an error even where locked rows are
         skipped; a new statement has a new snapshot, which does not see it. What is left after so many stays pending.
         """
         if not self.moves:
-            return self.session.execute(statement, **params)
+            return run()
         for _ in range(_MOVES):
             with suppress(pg.SerializationFailure), self.session.transaction():
-                return self.session.execute(statement, **params)
-        return 0
+                return run()
+        return nothing
 
 
 @contextmanager
@@ -437,7 +449,8 @@ def entered(work: Work, session: Session, leaf: Leaf) -> Iterator[_Entered]:
             raise Detached(leaf.name)
         columns = {work.plan.old.number: row.old_column, work.plan.new.number: row.new_column}
         names = {number: sql.Identifier(name) for number, name in columns.items() if name}
-        yield _Entered(table, names, row.hot, session, leaf.oid != work.plan.table_oid)
+        served = row.stage in ("SERVED", "CUT_OVER")
+        yield _Entered(table, names, row.hot, session, leaf.oid != work.plan.table_oid, served)
 
 
 def _enter(work: Work, session: Session, table: sql.Identifier, leaf: Leaf) -> None:
@@ -533,6 +546,8 @@ class Filler:
         self._writer = writer(work)
         self.session = self._writer.__enter__()
         self.written = 0
+        #: Generation number -> when its last write was noted.
+        self._noted: dict[int, float] = {}
 
     def __enter__(self) -> Filler:
         return self
@@ -655,12 +670,26 @@ class Filler:
         stage_rows(self.session, plan, rows, np.arange(len(batch)), old=old, new=new)
         with entered(self.work, self.session, leaf) as at:
             parts = {"table": at.table, "text": raw(plan.text_sql), "new": at.columns[plan.new.number]}
-            if plan.old.number in self.numbers:
-                count = at.write(block("phases/backfill", "fill", old=at.columns[plan.old.number], **parts))
+            if at.served:
+                told = at.ask(block("phases/backfill", "fill", old=at.columns[plan.old.number], **parts))
+                count = sum(int(row.rows) for row in told)
+                self._note_writes(told)
             else:
                 count = at.write(block("phases/backfill", "fill_candidate", **parts))
         self.written += count
         return count
+
+    def _note_writes(self, told: Sequence[Any]) -> None:
+        """Remember that a side wrote: a row that lacks only the other side's vector got its own from an application."""
+        for row in told:
+            generation = {"old": self.work.plan.old, "new": self.work.plan.new}.get(row.side)
+            if (
+                generation is None
+                or time.monotonic() - self._noted.get(generation.number, -_NOTED_EVERY) < _NOTED_EVERY
+            ):
+                continue
+            if self.work.ledger_on(self.session).note_write(generation.number, row.newest):
+                self._noted[generation.number] = time.monotonic()
 
 
 def _place(tid: str) -> tuple[int, int]:

@@ -92,16 +92,19 @@ SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::t
  ORDER BY t.ctid LIMIT %(limit)s;
 
 -- name: fill
--- Write one batch of pending rows, both generations of a row at once.
+-- Write one batch of pending rows, both generations of a row at once; tells which side's vector was the one that was there.
 -- lock: ROW EXCLUSIVE
 WITH locked AS MATERIALIZED (
-  SELECT t.ctid AS tid, s.a, s.b FROM pg_temp.staged s JOIN ONLY {table} AS t ON t.ctid = s.tid
+  SELECT t.ctid AS tid, s.a, s.b, t.xmin AS version,
+         CASE WHEN t.{old} IS NULL AND t.{new} IS NOT NULL THEN 'new' WHEN t.{new} IS NULL AND t.{old} IS NOT NULL THEN 'old' END AS side
+    FROM pg_temp.staged s JOIN ONLY {table} AS t ON t.ctid = s.tid
    WHERE ((t.{old} IS NULL AND s.a IS NOT NULL) OR (t.{new} IS NULL AND s.b IS NOT NULL))
      AND hashtextextended(({text})::text COLLATE "C", 0) = s.hash
-     FOR NO KEY UPDATE OF t SKIP LOCKED)
+     FOR NO KEY UPDATE OF t SKIP LOCKED), filled AS (
 UPDATE ONLY {table} AS t
    SET {old} = CASE WHEN t.{old} IS NULL THEN l.a ELSE t.{old} END, {new} = CASE WHEN t.{new} IS NULL THEN l.b ELSE t.{new} END
-  FROM locked l WHERE t.ctid = l.tid;
+  FROM locked l WHERE t.ctid = l.tid RETURNING l.side, l.version)
+SELECT side, count(*) AS rows, (array_agg(version ORDER BY age(version)))[1]::text AS newest FROM filled GROUP BY side;
 
 -- name: fill_candidate
 -- The same before SERVED, when the live column is not ours to touch.
