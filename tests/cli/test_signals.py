@@ -40,13 +40,14 @@ def test_the_second_press_ends_it_at_once(dsn: str, connection: psycopg.Connecti
     """Whatever the command is busy with: here, with something that never ends and never looks at the flag."""
     busy = (
         "import time\nfrom revector import Migration\n"
-        "def abort(self):\n    print('busy', flush=True)\n    while True: time.sleep(1)\n"
+        "def abort(self, **options):\n    print('busy', flush=True)\n    while True: time.sleep(1)\n"
         "Migration.abort = abort"
     )
     knowledge_base(connection, 20)
     advance(dsn, "EXPANDED")
     abort = started(dsn, "abort", "kb", code=busy)
-    assert abort.stdout is not None and abort.stdout.readline() == "busy\n"
+    assert abort.stdout is not None
+    assert abort.stdout.readline() == "busy\n", ended(abort).err
     answer = ended(abort, signal.SIGINT, signal.SIGINT, seconds=5).exits(4)
     assert answer.err == (
         "\nstopping at the next safe point (again: at once)\n"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,7 @@ from revector import Request
 from revector.db import Database
 from revector.errors import Refused, UsageError
 from revector.follow import Follower
+from revector.plan import Consents
 from revector.search import Searcher
 from revector.work import Effect, Observation, Recorded
 
@@ -178,6 +182,52 @@ def test_killed_while_rows_outside_are_copied(
     with steering(dsn) as migration:
         migration.run()
     check(connection, {"embedding": OLD, "embedding_g2": NEW})
+
+
+def test_rows_move_in_and_out_under_writers_and_switches(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Three writers move and edit rows on both sides while the generations change places: all is exact at the end."""
+    shared(connection)
+    index(connection)
+    stop, errors = threading.Event(), []
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        with psycopg.connect(dsn, autocommit=True) as session:
+            while not stop.wait(0.002):
+                number, text = chance.randrange(40), f"text {chance.random()}"
+                given = vector(OTHER, text)
+                statement, values = chance.choice([
+                    ("UPDATE kb SET tenant = 'b', content = %s, embedding = %s WHERE id = %s", (text, given, number)),
+                    ("UPDATE kb SET tenant = 'a', content = %s, embedding = NULL WHERE id = %s", (text, number)),
+                    ("UPDATE kb SET content = %s, embedding = embedding WHERE id = %s AND tenant = 'a'", (text, number)),
+                    ("UPDATE kb SET content = %s, embedding = %s WHERE id = %s AND tenant = 'b'", (text, given, number)),
+                    ("DELETE FROM kb WHERE id = %s AND id > 30", (number,)),
+                    ("INSERT INTO kb (id, tenant, content, embedding) VALUES (%s, 'b', %s, %s)"
+                     " ON CONFLICT (id) DO UPDATE SET tenant = 'b', content = excluded.content,"
+                     " embedding = excluded.embedding", (number, text, given)),
+                ])  # fmt: skip
+                try:
+                    session.execute(statement, values)
+                except psycopg.Error as error:
+                    errors.append(error)
+
+    writers = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in writers:
+        thread.start()
+    try:
+        with steering(dsn) as migration:
+            migration.run(replace(INSIDE, consents=Consents(include_null=True)))
+        with following(dsn, connection):
+            for name in ("cutover", "rollback", "cutover"):
+                with steering(dsn) as migration:
+                    getattr(migration, name)()
+    finally:
+        stop.set()
+        for thread in writers:
+            thread.join()
+    assert errors == []
+    settle(dsn, connection)
+    check(connection, {"embedding": NEW, "embedding_g1": OLD})
 
 
 def test_two_tenants_one_after_the_other(dsn: str, connection: psycopg.Connection[Any]) -> None:
