@@ -381,13 +381,22 @@ class Ledger:
         rows = self._rows("failed", migration=self.migration, generation=generation)
         return {r.text_hash: Failure(r.text_hash, r.kind, r.error) for r in rows}
 
+    def unsettled(self, generation: int) -> str | None:
+        """The transaction of the last swap, while rows that were pending then may still be pending."""
+        rows = self._rows("unsettled", table=self.table, number=generation)
+        return rows[0].swapped if rows else None
+
+    def settle_swap(self, swapped: str) -> None:
+        """Say that every row which was pending at this swap has been met since."""
+        self._run("settle_swap", table=self.table, swapped=swapped)
+
     def note_write(self, generation: int, version: str) -> bool:
         """Remember that an application has written a generation; `version`: xmin of the newest row that shows it.
 
-        False when that row version is older than the last swap: what it says of the sides no longer holds.
+        False while the row may have been pending at the last swap: under the old names its writer was the other side.
         """
         statement = block("ledger", "note_write")
-        told = {"table": self.table, "number": generation, "migration": self.migration, "version": version}
+        told = {"table": self.table, "number": generation, "version": version}
         return self.session.execute(statement, **told) > 0
 
     def writes(self) -> dict[int, tuple[float | None, float | None]]:

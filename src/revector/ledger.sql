@@ -52,7 +52,7 @@ UPDATE revector.windows w SET relation = m.table_oid FROM revector.migrations m 
 DELETE FROM revector.windows WHERE relation IS NULL;
 ALTER TABLE revector.windows DROP CONSTRAINT windows_pkey, ADD PRIMARY KEY (migration, sweep, relation, lo);
 ALTER TABLE revector.generations ADD COLUMN filter text;
-ALTER TABLE revector.generations ADD COLUMN written timestamptz;
+ALTER TABLE revector.generations ADD COLUMN written timestamptz, ADD COLUMN swapped xid, ADD COLUMN settled boolean NOT NULL DEFAULT true;
 DROP INDEX revector.one_live_generation;
 CREATE UNIQUE INDEX one_live_generation ON revector.generations (table_oid, attnum, coalesce(filter, '')) WHERE live;
 
@@ -219,15 +219,22 @@ UPDATE revector.windows SET heartbeat = clock_timestamp()
 UPDATE revector.windows SET done = clock_timestamp(), written = %(written)s, hot = %(hot)s
  WHERE migration = %(migration)s AND sweep = %(sweep)s AND relation = %(relation)s::oid AND lo = %(lo)s;
 
+-- name: unsettled
+-- The last swap, while rows that were pending at that moment may still be pending.
+-- lock: none
+SELECT swapped::text FROM revector.generations WHERE table_oid = %(table)s::oid AND number = %(number)s AND NOT settled;
+
+-- name: settle_swap
+-- Every row that was pending at this swap has been met since.
+-- lock: none
+UPDATE revector.generations SET settled = true WHERE table_oid = %(table)s::oid AND swapped = %(swapped)s::xid;
+
 -- name: note_write
--- Remember that an application wrote a generation; a row version from before the last swap was written under other names.
+-- Remember that an application wrote a generation. Rows from before the last swap tell of writers under the old names.
 -- lock: none
 UPDATE revector.generations SET written = clock_timestamp()
  WHERE table_oid = %(table)s::oid AND number = %(number)s
-   AND age(%(version)s::xid) <= coalesce((
-       SELECT age(e.xmin) FROM revector.events e
-        WHERE e.table_oid = %(table)s::oid AND e.migration = %(migration)s AND e.step IN ('cutover', 'rollback')
-        ORDER BY e.id DESC LIMIT 1), 2147483647);
+   AND settled AND (swapped IS NULL OR age(%(version)s::xid) <= age(swapped));
 
 -- name: activity
 -- Seconds since each generation was last seen written, and since the last swap.

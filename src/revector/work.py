@@ -98,6 +98,8 @@ class LedgerView(Protocol):
     def cut(self, sweep: int) -> frozenset[int]: ...  # noqa: D102
     def release_leases(self) -> None: ...  # noqa: D102
     def failures(self, generation: int) -> Mapping[int, Any]: ...  # noqa: D102
+    def unsettled(self, generation: int) -> str | None: ...  # noqa: D102
+    def settle_swap(self, swapped: str) -> None: ...  # noqa: D102
     def note_write(self, generation: int, version: str) -> bool: ...  # noqa: D102
     def fail(self, generation: int, text_hash: int, kind: str, error: str) -> None: ...  # noqa: D102
     def lease(self, sweep: int, holder: str) -> tuple[int, int, int] | None: ...  # noqa: D102

@@ -198,11 +198,12 @@ def test_rows_left_pending_by_the_swap_are_no_sign_either(dsn: str, connection: 
 
     def write(seen: Any) -> None:
         if getattr(seen, "step", "") == "cutover.catch_up" and type(seen).__name__ == "Recorded":
-            connection.execute("UPDATE kb SET content = 'late', embedding = %s WHERE id = 1", (vector(OLD, "late"),))
+            connection.execute("UPDATE kb SET content = 'late', embedding = %s WHERE id < 3", (vector(OLD, "late"),))
 
     with steering(dsn, observe=write) as migration:
         migration.cutover(without_follower=True)
-    assert one(connection, "SELECT embedding IS NULL AND embedding_g1 IS NOT NULL FROM kb WHERE id = 1")
+    connection.execute("UPDATE kb SET note = 'touched since' WHERE id = 2")
+    assert one(connection, "SELECT count(*) FROM kb WHERE embedding IS NULL AND embedding_g1 IS NOT NULL") == 3
     fill(dsn, connection)
     assert one(connection, "SELECT written IS NULL FROM revector.generations WHERE number = 1")
     with steering(dsn) as migration:

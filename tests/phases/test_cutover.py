@@ -41,7 +41,7 @@ from revector.embed.hashing import Hashing
 from revector.errors import GateFailed, InputRefused, PauseBudgetMissed, Refused
 from revector.ledger import TRANSITIONS
 from revector.phases import backfill
-from revector.work import Effect, Note, Observation, Recorded
+from revector.work import Effect, Note, Observation, Progress, Recorded
 
 BEFORE = {"embedding": OLD, "embedding_g2": NEW}
 AFTER = {"embedding_g1": OLD, "embedding": NEW}
@@ -209,6 +209,42 @@ def test_refresh_old_renews_stale_live_vectors(dsn: str, connection: psycopg.Con
         migration.cutover(without_follower=True, refresh_old=True)
     assert any(text.startswith("15 stale vectors") for text in told)
     assert_exact(connection, "kb", "content", AFTER, at_least=60)
+
+
+def test_refresh_old_misses_no_row_that_moves_or_is_locked(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """An UPDATE takes stale rows to where the scan has been; another session holds a stale row for half a second."""
+    knowledge_base(connection, 300, filler=600)
+    connection.execute("UPDATE kb SET embedding = (SELECT embedding FROM kb WHERE id = 7) WHERE id > 200")
+    advance(dsn, "VERIFIED")
+    with psycopg.connect(dsn) as other:
+
+        def disturb(seen: Observation) -> None:
+            if isinstance(seen, Progress) and seen.phase == "refresh" and seen.done == 3:
+                other.execute("SELECT FROM kb WHERE id = 251 FOR UPDATE")
+                connection.execute("UPDATE kb SET note = 'moved' WHERE id % 2 = 0")
+                threading.Timer(0.5, other.commit).start()
+
+        with steering(dsn, observe=disturb) as migration:
+            migration.cutover(without_follower=True, refresh_old=True)
+    assert_exact(connection, "kb", "content", AFTER, at_least=300)
+
+
+def test_refresh_old_gives_up_before_it_switches(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stale row that stays locked is named by number, and the old model goes on answering."""
+    monkeypatch.setattr(backfill, "_REFRESH_PATIENCE", 0.2)
+    knowledge_base(connection, 40)
+    connection.execute("UPDATE kb SET embedding = (SELECT embedding FROM kb WHERE id = 7) WHERE id = 9")
+    advance(dsn, "SERVED")
+    with psycopg.connect(dsn) as other, steering(dsn) as migration:
+        other.execute("SELECT FROM kb WHERE id = 9 FOR UPDATE")
+        with pytest.raises(Refused, match="1 stale vector belongs to a row that another session has locked"):
+            migration.cutover(without_follower=True, refresh_old=True)
+        assert stage_of(connection) == ("SERVED", None)
+        other.rollback()
+        migration.cutover(without_follower=True, refresh_old=True)
+    assert_exact(connection, "kb", "content", AFTER, at_least=40)
 
 
 # -- refusals that change nothing -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ are written one line-pointer offset at a time, so that page pruning makes room a
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import threading
@@ -46,6 +47,8 @@ _LOCK_PATIENCE: Final = 120.0
 #: Seconds between two notes in the ledger that a side has written.
 _NOTED_EVERY: Final = 2.0
 _FILL_LIMIT: Final = 256
+#: Seconds after the first look at every row within which `refresh` must catch the last stale one.
+_REFRESH_PATIENCE: Final = 60.0
 #: Attempts at a write-back between whose snapshot and lock rows are moved to other leaves.
 _MOVES: Final = 20
 #: Little-endian machines store what COPY wants big-endian; (type name) -> (element type, bytes of an element).
@@ -572,11 +575,15 @@ class Filler:
 
         A locked row is skipped and met again on the next walk, so a locked head cannot starve the rest.
         """
-        leaves = self.work.leaves(self.reader)
+        leaves, ledger = self.work.leaves(self.reader), self.work.ledger_on(self.session)
+        swapped = ledger.unsettled(self.work.plan.old.number)
         if len(leaves) > 1:
             waiting = self._waiting()
             leaves = tuple(leaf for leaf in leaves if leaf.oid in waiting)
-        return sum(self._walk(leaf) for leaf in leaves)
+        written = sum(self._walk(leaf) for leaf in leaves)
+        if swapped is not None and not self.work.stop():
+            ledger.settle_swap(swapped)
+        return written
 
     def _waiting(self) -> set[int]:
         """The leaves with pending rows, asked at once: most of many have none."""
@@ -805,30 +812,102 @@ def catch_up(work: Work, numbers: Sequence[int]) -> dict[int, int]:
 
 
 def refresh(work: Work) -> int:
-    """Renew every live vector that is not the old model's of its text; returns how many were.
+    """Renew every vector of the old model that is not that of its row's text; returns how many were.
 
-    The right vector is written in the stale one's place, so a row is never without. Only at SERVED.
+    Only from SERVED on, when the trigger lets no new one arise. The right vector is written in the stale one's place,
+    so a row is never without. A row that is updated meanwhile goes to another place, which may have been read already,
+    and a row that is locked cannot be written: both are looked at again, until one look finds them all where they were
+    and right. Raises `Refused` when that takes too long.
     """
-    plan, renewed = work.plan, 0
-    embedder = work.models[plan.old.number]()
-    windows = [(leaf, lo) for leaf in work.leaves() for lo in range(0, _blocks(work.control, leaf), _WINDOW_BLOCKS[0])]
+    renewed, leaves = 0, work.leaves()
+    windows = [(leaf, lo) for leaf in leaves for lo in range(0, _blocks(work.control, leaf), _WINDOW_BLOCKS[0])]
     with writer(work) as session:
+        refresher = _Refresher(work, session)
+        since = _now(work)
         for done, (leaf, lo) in enumerate(windows, 1):
-            work.check_stop()
-            statement = block("phases/backfill", "read_vectors", **_parts(work, plan.old, leaf=leaf))
-            read = work.control.rows(statement, lo=f"({lo},0)", hi=f"({lo + _WINDOW_BLOCKS[0]},0)")
-            if not read:
-                continue
-            rows = Rows.of(read)
-            fresh, _ = encode(work, plan.old, embedder, rows.texts)
-            stored = np.array([row.vector for row in read], dtype=np.float32)
-            norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(fresh, axis=1)
-            cosines = (stored * fresh).sum(axis=1) / np.where(norms > 0, norms, 1)
-            stale = np.flatnonzero(cosines < plan.verify_threshold)
-            stage_rows(session, plan, rows, stale, old=fresh)
-            with suppress(Detached), entered(work, session, leaf) as at:
-                column = at.columns[plan.old.number]
-                statement = block("phases/backfill", "renew", table=at.table, column=column, text=raw(plan.text_sql))
-                renewed += at.write(statement)
+            renewed += refresher.look(leaf, "read_vectors", lo=f"({lo},0)", hi=f"({lo + _WINDOW_BLOCKS[0]},0)")
             work.observe(Progress("refresh", done, len(windows), "windows"))
+        deadline = time.monotonic() + _REFRESH_PATIENCE
+        for again in itertools.count(1):
+            locked, refresher.locked, refresher.stale = refresher.locked, {}, 0
+            began, asked, read = _now(work), 0, refresher.read
+            for leaf in work.leaves():
+                tids = list(_moved(work, leaf, since) | locked.get(leaf.oid, set()))
+                asked += len(tids)
+                for first in range(0, len(tids), _FILL_LIMIT):
+                    renewed += refresher.look(leaf, "reread_vectors", tids=tids[first : first + _FILL_LIMIT])
+            if not refresher.stale and refresher.read - read == asked:
+                break
+            if time.monotonic() > deadline:
+                rows = sum(map(len, refresher.locked.values()))
+                raise Refused(
+                    f"{work.plan.table}: {_stale_and_locked(rows)}"
+                    if rows
+                    else f"{work.plan.table}: rows change faster than their vectors can be compared",
+                    why="After a rollback, search would find them by texts that they no longer have. Nothing was switched.",
+                    hint="when those transactions have ended, give the same command again",
+                )
+            since = began
+            time.sleep(min(0.05 * again, 1.0))
     return renewed
+
+
+class _Refresher:
+    """Compares rows with the old model's vectors of their texts, and writes those that differ."""
+
+    def __init__(self, work: Work, session: Session) -> None:
+        self.work, self.session = work, session
+        self._embedder = work.models[work.plan.old.number]()
+        #: Rows read so far.
+        self.read = 0
+        #: Stale rows found since this was last set to 0.
+        self.stale = 0
+        #: Leaf -> places of stale rows that could not be written.
+        self.locked: dict[int, set[str]] = {}
+
+    def look(self, leaf: Leaf, statement: str, **where: object) -> int:
+        """Read some rows of a leaf and renew what is stale; returns the rows written."""
+        work, plan = self.work, self.work.plan
+        work.check_stop()
+        found = work.control.rows(block("phases/backfill", statement, **_parts(work, plan.old, leaf=leaf)), **where)
+        self.read += len(found)
+        if not found:
+            return 0
+        rows = Rows.of(found)
+        fresh, _ = encode(work, plan.old, self._embedder, rows.texts)
+        stored = np.array([row.vector for row in found], dtype=np.float32)
+        norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(fresh, axis=1)
+        cosines = (stored * fresh).sum(axis=1) / np.where(norms > 0, norms, 1)
+        stale = np.flatnonzero(cosines < plan.verify_threshold)
+        if not len(stale):
+            return 0
+        self.stale += len(stale)
+        stage_rows(self.session, plan, rows, stale, old=fresh)
+        try:
+            with entered(work, self.session, leaf) as at:
+                parts = {"table": at.table, "column": at.columns[plan.old.number], "text": raw(plan.text_sql)}
+                written = at.write(block("phases/backfill", "renew", **parts))
+        except Detached:
+            return 0
+        if written < len(stale):
+            self.locked.setdefault(leaf.oid, set()).update(found[n].tid for n in stale.tolist())
+        return written
+
+
+def _now(work: Work) -> str:
+    return str(work.control.value(block("phases/backfill", "now")))
+
+
+def _moved(work: Work, leaf: Leaf, since: str) -> set[str]:
+    return {
+        row.tid
+        for row in work.control.rows(
+            block("phases/backfill", "moved", **_parts(work, work.plan.old, leaf=leaf)), since=since
+        )
+    }
+
+
+def _stale_and_locked(rows: int) -> str:
+    if rows == 1:
+        return "1 stale vector belongs to a row that another session has locked"
+    return f"{rows:,} stale vectors belong to rows that other sessions have locked"

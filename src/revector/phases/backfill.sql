@@ -130,6 +130,24 @@ SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::t
   FROM ONLY {table} AS t
  WHERE t.ctid >= %(lo)s::tid AND t.ctid < %(hi)s::tid AND t.{column} IS NOT NULL AND ({text}) IS NOT NULL;
 
+-- name: reread_vectors
+-- These rows again, as far as they are still there.
+-- lock: ACCESS SHARE
+SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::text COLLATE "C", 0) AS hash, t.{column}::real[] AS vector
+  FROM ONLY {table} AS t
+ WHERE t.ctid = ANY (%(tids)s::tid[]) AND t.{column} IS NOT NULL AND ({text}) IS NOT NULL;
+
+-- name: now
+-- Every transaction from this one on may still write.
+-- lock: none
+SELECT pg_snapshot_xmin(pg_current_snapshot())::xid::text;
+
+-- name: moved
+-- Row versions that were written since: in one snapshot, so that none hides behind the scan.
+-- lock: ACCESS SHARE
+SELECT t.ctid::text AS tid FROM ONLY {table} AS t
+ WHERE age(t.xmin) <= age(%(since)s::xid) AND t.{column} IS NOT NULL AND ({text}) IS NOT NULL;
+
 -- name: renew
 -- Put the right vector in the place of a stale one; a fresh vector is right on whatever row has that text.
 -- lock: ROW EXCLUSIVE

@@ -9,7 +9,7 @@ from __future__ import annotations
 from psycopg import sql
 
 from revector import trigger
-from revector.db import block
+from revector.db import block, raw
 from revector.errors import Refused
 from revector.partitions import not_null_part
 from revector.plan import Generation, Plan
@@ -85,11 +85,12 @@ def swap(plan: Plan, table: sql.Composable, outgoing: Generation, incoming: Gene
         )
 
     numbers = {"live": incoming.number, "old": plan.old.number, "new": plan.new.number, "table": plan.table_oid}
+    pending = {"relation": table, "incoming": sql.Identifier(plan.column), "text": raw(plan.text_sql)}
     return [
         rename(plan.column, outgoing.column),
         rename(incoming.column, plan.column),
         trigger.served(plan, incoming, plan.column, outgoing.column),
-        block("phases/cutover", "flip", **{k: sql.Literal(v) for k, v in numbers.items()}),
+        block("phases/cutover", "flip", **{k: sql.Literal(v) for k, v in numbers.items()}, **pending),
         *(
             [block("phases/cutover", "move_others", **{k: sql.Literal(v) for k, v in numbers.items()})]
             if plan.filter

@@ -14,9 +14,11 @@ ALTER INDEX {index} RENAME TO {name};
 COMMENT ON COLUMN {column} IS {comment};
 
 -- name: flip
--- The ledger's live generation, in the same transaction as the names.
+-- The ledger's live generation, in the same transaction as the names. Who wrote the table under the old names has ended.
 -- lock: none
-UPDATE revector.generations SET live = (number = {live}) WHERE table_oid = {table}::oid AND number IN ({old}, {new});
+UPDATE revector.generations SET live = (number = {live}), settled = NOT EXISTS (SELECT FROM {relation} AS t WHERE t.{incoming} IS NULL AND ({text}) IS NOT NULL),
+       swapped = pg_snapshot_xmax(pg_current_snapshot())::xid
+ WHERE table_oid = {table}::oid AND number IN ({old}, {new});
 
 -- name: move_others
 -- Generations of other filters' rows, which both columns hold, are found under the bare name from here on.
