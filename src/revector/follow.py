@@ -1,8 +1,9 @@
 """The follower: fills pending rows of every managed generation until it is told to stop.
 
-It polls the pending indexes (0.1 ms when idle), embeds with no transaction open, and writes as the backfill does.
-One follower a table is active; others stand by. It says that it lives every 2 s, reconnects when the server is lost,
-and stops by itself when the migration is being closed.
+It polls the pending indexes (a handful of buffers when idle), embeds with no transaction open, and writes as the
+backfill does. One follower a table is active; others stand by with their models loaded. It says that it lives every
+2 s, reconnects when the server is lost, leaves a failing model alone for a while without neglecting the other one, and
+stops by itself when the migration is being closed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import psycopg
@@ -19,18 +20,25 @@ from psycopg import errors as pg
 
 from revector import trigger
 from revector.db import Database, Session
-from revector.errors import Closing, Refused, RevectorError, ServerLost
+from revector.embed import Embedder
+from revector.errors import Closing, Interrupted, Refused, Resumable, RevectorError, ServerLost
 from revector.ledger import Ledger, MigrationRow, Stage
 from revector.phases.backfill import Filler
 from revector.settings import Settings
-from revector.work import Note, Observer, Progress, Work, checked_models
+from revector.work import Health, Note, Observer, Progress, Work, checked_models
 
-#: Seconds between two looks at the pending indexes, and between two heartbeats.
+#: Seconds between two looks at the pending indexes, between two heartbeats, and between two health lines.
 POLL: Final = 0.5
 BEAT: Final = 2.0
+HEALTH: Final = 60.0
 #: A loop that has not come round for so long is not alive, whatever its heartbeat thread says.
 _STUCK: Final = 120.0
-_LONGEST_WAIT: Final = 10.0
+#: Seconds between two attempts to come back: the first, and the longest.
+_WAITS: Final = (0.5, 10.0)
+#: Pending rows are counted for the health line up to this.
+_MANY: Final = 100_000
+#: A machine that loses its power must not hold the lock for the two hours that TCP waits by default.
+_KEEPALIVE: Final = {"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3"}
 
 
 def managed(row: MigrationRow) -> tuple[int, ...]:
@@ -52,22 +60,34 @@ class Follower:
         *,
         observe: Observer = lambda _: None,
         stop: Callable[[], bool] = lambda: False,
+        health_every: float = HEALTH,
     ) -> None:
         self.settings = settings
         self.database = Database(settings)
         self.table = table
         self.observe = observe
         self.stop = stop
+        self.health_every = health_every
         self.worker = str(uuid.uuid4())
         #: Whether it holds the follower lock.
         self.active = False
         self.filled = 0
+        #: What keeps it from its work; empty: nothing.
+        self.trouble = ""
+        #: Seconds that the oldest known pending row has been waiting, at the last look.
+        self.oldest = 0.0
         self._turned = time.monotonic()
+        self._told = (float("-inf"), "", "")
+        self._wait = _WAITS[0]
         self._ended = threading.Event()
+        #: The plan's fingerprint, and its models: loaded and proven once, however often the server is lost.
+        self._models: tuple[str, Mapping[int, Callable[[], Embedder]]] = ("", {})
 
     def run(self) -> int:
-        """Follow until stopped, or until the migration is closed; returns the rows filled."""
-        wait = POLL
+        """Follow until stopped, or until the migration is closed; returns the rows filled.
+
+        Raises what no waiting mends: a rejected key when no other model is left to fill with, a trigger that is gone.
+        """
         beats = threading.Thread(target=self._beat, daemon=True)
         beats.start()
         try:
@@ -75,12 +95,15 @@ class Follower:
                 try:
                     if not self._session():
                         break
-                    wait = POLL
-                except (ServerLost, psycopg.OperationalError) as error:
-                    self.active = False
-                    self.observe(Note(f"the database was lost ({type(error).__name__}); trying again in {wait:.0f} s"))
-                    self._rest(wait)
-                    wait = min(2 * wait, _LONGEST_WAIT)
+                except Interrupted:
+                    break
+                except (
+                    Resumable,
+                    psycopg.OperationalError,
+                    psycopg.InterfaceError,
+                    pg.ReadOnlySqlTransaction,
+                ) as error:
+                    self._lost(error)
         finally:
             self._ended.set()
             beats.join()
@@ -109,6 +132,8 @@ class Follower:
         row = ledger.latest()
         if row is None or not managed(row):
             return None
+        if self._models[0] != row.fingerprint:
+            self._models = (row.fingerprint, checked_models(row.plan, self.settings))
 
         def ledger_on(session: Session) -> Ledger:
             other = Ledger(session, self.table)
@@ -121,7 +146,7 @@ class Follower:
             control=control,
             ledger=ledger,
             ledger_on=ledger_on,
-            models=checked_models(row.plan, self.settings),
+            models=self._models[1],
             observe=self.observe,
             stop=self.stop,
             batch_size=row.batch_size,
@@ -129,12 +154,9 @@ class Follower:
 
     def _session(self) -> bool:
         """Follow over one connection; False when there is nothing left to follow."""
-        with self.database.connect("follower control") as control:
-            while not control.try_lock("follower", self.table):
-                self._turned = time.monotonic()
-                self._rest(1.0)
-                if self.stop():
-                    return False
+        with self.database.connect("follower control", **_KEEPALIVE) as control:
+            if not self._locked(control):
+                return False
             found = self._work(control)
             if found is None:
                 self.observe(Note("no migration is open on this table: nothing to follow"))
@@ -153,20 +175,25 @@ class Follower:
                         numbers = managed(row)
                         if filler is not None:
                             filler.close()
-                        filler = Filler(work, numbers)
+                        filler = Filler(work, numbers, enduring=True)
+                        # Who is counted on must be able to embed, not only to wait.
+                        filler.prove()
                     assert filler is not None
                     try:
                         trigger.check(control, row.plan)
+                        # Before that the sweeps fill the candidate, and there is no index to poll.
+                        written = self._walk(filler) if row.stage.reached(Stage.INDEXED) else 0
                     except Refused:
-                        # A closing drops the trigger and says so in the ledger; anything else is somebody's doing.
+                        # A closing drops the trigger and the column, and says so in the ledger; anything else is
+                        # somebody's doing.
                         if managed(ledger.latest() or row):
                             raise
                         continue
-                    self.active = True
-                    # Before that the sweeps fill the candidate, and there is no index to poll.
-                    if row.stage.reached(Stage.INDEXED) and (written := self._walk(filler)):
+                    self._seen(filler)
+                    if written:
                         self.filled += written
                         self.observe(Progress("follow", self.filled, self.filled, "rows filled"))
+                    self._tell_health(filler, counted=row.stage.reached(Stage.INDEXED))
                     self._turned = time.monotonic()
                     self._rest(POLL)
             finally:
@@ -175,12 +202,64 @@ class Follower:
                     filler.close()
         return False
 
+    def _locked(self, control: Session) -> bool:
+        """Take the follower's lock, or stand by until its holder is gone; False: stopped meanwhile."""
+        loaded = False
+        while not control.try_lock("follower", self.table):
+            self._turned = time.monotonic()
+            self.trouble = ""
+            self._tell("standing by", "another follower is active")
+            if not loaded and (found := self._work(control)) is not None:
+                loaded = True
+                for number in managed(found[0]):
+                    try:
+                        found[1].models[number]()
+                    except RevectorError as error:
+                        self.observe(Note(f"{error}; asked again when this follower takes over"))
+            self._rest(1.0)
+            if self.stop():
+                return False
+        return True
+
     def _walk(self, filler: Filler) -> int:
         """One walk; a swap or a closing that comes in its way is seen on the next turn."""
         try:
             return filler.walk()
         except (pg.UndefinedColumn, pg.UndefinedTable, Closing):
             return 0
+
+    def _seen(self, filler: Filler) -> None:
+        """Note how it stands after a look. Raises when nothing can be filled, and no waiting will mend that."""
+        self.active, self._wait, self.oldest = True, _WAITS[0], filler.oldest()
+        errors = [trouble.error for trouble in filler.troubles.values()]
+        if len(errors) == len(filler.numbers) and not any(isinstance(error, Resumable) for error in errors):
+            raise errors[0]
+        self.trouble = "; ".join(f"{error}. {error.why}".rstrip(". ") for error in errors)
+
+    def _lost(self, error: Exception) -> None:
+        """The database is away, or something that will pass: wait, twice as long each time."""
+        self.active = False
+        lost = not isinstance(error, Resumable) or isinstance(error, ServerLost)
+        self.trouble = f"the database was lost ({type(error).__name__})" if lost else str(error)
+        self.observe(Note(f"{self.trouble}; trying again in {self._wait:.1f} s"))
+        self._rest(self._wait)
+        self._wait = min(2 * self._wait, _WAITS[1])
+
+    def _tell_health(self, filler: Filler, *, counted: bool) -> None:
+        """The health line: at once when something has changed, else from time to time."""
+        state = "trouble" if self.trouble else "active"
+        at, before, why = self._told
+        if (before, why) == (state, self.trouble) and time.monotonic() - at < self.health_every:
+            return
+        pending = sum(filler.pending(number, _MANY) for number in filler.numbers) if counted else None
+        failures = sum(len(filler.work.ledger.failures(number)) for number in filler.numbers)
+        self._told = (time.monotonic(), state, self.trouble)
+        self.observe(Health(state, self.filled, pending, self.oldest, failures, self.trouble))
+
+    def _tell(self, state: str, why: str) -> None:
+        if self._told[1:] != (state, why) or time.monotonic() - self._told[0] >= self.health_every:
+            self._told = (time.monotonic(), state, why)
+            self.observe(Health(state, self.filled, None, 0.0, 0, why))
 
     def _rest(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -195,9 +274,18 @@ class Follower:
                 try:
                     if session is None:
                         session = self.database.connect("heartbeat")
-                    alive = self.active and time.monotonic() - self._turned < _STUCK
-                    Ledger(session, self.table).beat(self.worker, os.getpid(), active=alive)
+                    stuck = time.monotonic() - self._turned >= _STUCK
+                    Ledger(session, self.table).beat(
+                        self.worker,
+                        os.getpid(),
+                        active=self.active and not stuck and not self.trouble,
+                        filled=self.filled,
+                        oldest=self.oldest,
+                        trouble="a step takes longer than two minutes" if stuck and self.active else self.trouble,
+                    )
                 except (RevectorError, psycopg.Error):
+                    if session is not None:
+                        session.close()
                     session = None
                     self._ended.wait(BEAT)
             if session is not None:

@@ -140,6 +140,21 @@ class Failure:
     error: str
 
 
+@dataclass(frozen=True, slots=True)
+class Vigil:
+    """A follower that lives."""
+
+    host: str
+    pid: int
+    #: Whether it fills rows; one that stands by, or is in trouble, does not.
+    active: bool
+    filled: int
+    #: Seconds that the oldest pending row that it knows has been waiting.
+    oldest: float
+    #: What keeps it from its work.
+    trouble: str | None
+
+
 def exists(session: Session) -> bool:
     """Whether this database has a ledger."""
     return session.value("SELECT to_regclass('revector.ledger') IS NOT NULL") is True
@@ -472,9 +487,25 @@ class Ledger:
         """Active followers alive by the server's clock."""
         return int(self._rows("followers", table=self.table)[0].alive)
 
-    def beat(self, worker: str, pid: int, *, active: bool) -> None:
-        """Say that a follower lives."""
-        self._run("beat", worker=worker, table=self.table, active=active, pid=pid, host=socket.gethostname())
+    def beat(
+        self, worker: str, pid: int, *, active: bool, filled: int = 0, oldest: float = 0.0, trouble: str = ""
+    ) -> None:
+        """Say that a follower lives, how many rows it has filled, and how long the oldest pending one waits (seconds)."""
+        self._run(
+            "beat",
+            worker=worker,
+            table=self.table,
+            active=active,
+            pid=pid,
+            host=socket.gethostname(),
+            filled=filled,
+            oldest=oldest,
+            trouble=trouble[:500] or None,
+        )
+
+    def vigil(self) -> list[Vigil]:
+        """The followers that have been heard of in the last 10 s, the active one first."""
+        return [Vigil(**row._asdict()) for row in self._rows("vigil", table=self.table)]
 
     def gone(self, worker: str) -> None:
         """Say that a follower stopped."""

@@ -53,6 +53,9 @@ DELETE FROM revector.windows WHERE relation IS NULL;
 ALTER TABLE revector.windows DROP CONSTRAINT windows_pkey, ADD PRIMARY KEY (migration, sweep, relation, lo);
 ALTER TABLE revector.generations ADD COLUMN filter text;
 ALTER TABLE revector.generations ADD COLUMN written timestamptz, ADD COLUMN swapped xid, ADD COLUMN settled boolean NOT NULL DEFAULT true;
+ALTER TABLE revector.heartbeats ADD COLUMN filled bigint NOT NULL DEFAULT 0;
+ALTER TABLE revector.heartbeats ADD COLUMN oldest real NOT NULL DEFAULT 0;
+ALTER TABLE revector.heartbeats ADD COLUMN trouble text;
 DROP INDEX revector.one_live_generation;
 CREATE UNIQUE INDEX one_live_generation ON revector.generations (table_oid, attnum, coalesce(filter, '')) WHERE live;
 
@@ -266,9 +269,17 @@ DELETE FROM revector.failures WHERE migration = %(migration)s;
 -- name: beat
 -- A follower says that it is alive.
 -- lock: none
-INSERT INTO revector.heartbeats (worker, table_oid, kind, active, pid, host, at)
-VALUES (%(worker)s::uuid, %(table)s::oid, 'follower', %(active)s, %(pid)s, %(host)s, clock_timestamp())
-ON CONFLICT (worker) DO UPDATE SET active = excluded.active, at = clock_timestamp();
+INSERT INTO revector.heartbeats (worker, table_oid, kind, active, pid, host, at, filled, oldest, trouble)
+VALUES (%(worker)s::uuid, %(table)s::oid, 'follower', %(active)s, %(pid)s, %(host)s, clock_timestamp(),
+        %(filled)s, %(oldest)s, %(trouble)s)
+ON CONFLICT (worker) DO UPDATE SET active = excluded.active, at = clock_timestamp(), filled = excluded.filled,
+       oldest = excluded.oldest, trouble = excluded.trouble;
+
+-- name: vigil
+-- The followers whose heartbeat is younger than 10 s by the server's clock, active or not.
+-- lock: none
+SELECT host, pid, active, filled, oldest::float8 AS oldest, trouble FROM revector.heartbeats
+ WHERE table_oid = %(table)s::oid AND at > clock_timestamp() - interval '10 s' ORDER BY active DESC, trouble, at;
 
 -- name: gone
 -- A follower stopped.

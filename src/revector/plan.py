@@ -223,6 +223,11 @@ class Plan:
         return self.filter_sql is not None and not self.declared
 
     @property
+    def confusable(self) -> bool:
+        """Whether one column takes both models' vectors, so that a wrong one is no error."""
+        return self.old.model.dimension == self.new.model.dimension or not self.declared
+
+    @property
     def filter_function(self) -> str:
         """Name of the function that says whether a row is inside, in schema revector."""
         return own_name(self.schema, self.table, self.new.number, "_where")

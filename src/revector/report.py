@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from revector.migration import Missing, Preview, Result, Side, Status
     from revector.plan import Finding, Request, TargetIndex
     from revector.search import SearchResult
+    from revector.work import Health
 
 #: What fits a terminal that nobody has widened.
 WIDTH: Final = 80
@@ -384,6 +385,15 @@ def status(now: Status) -> str:
     if now.closing:
         rows.append(("closing", f"writes are not guarded any more: {now.closing} must be completed"))
     return "\n".join([head, *(f"  {name:<11}{told}" for name, told in rows), f"next: {now.next}"])
+
+
+def health(now: Health) -> str:
+    """One line for a log: `health: active; 12,345 rows filled, 0 pending, oldest 0 s, 0 texts refused`."""
+    parts = [f"{now.filled:,} rows filled"]
+    if now.pending is not None:
+        parts += [f"{now.pending:,} pending", f"oldest {now.oldest:.0f} s", f"{now.refused:,} texts refused"]
+    why = f": {now.why}" if now.why else ""
+    return f"health: {now.state}{why}; {', '.join(parts)}"
 
 
 def _side(side: Side, width: Sequence[int]) -> str:

@@ -13,17 +13,16 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
-from revector.report import clock, figure
-from revector.work import Effect, Note, Observation, Phase, Progress, Recorded
+from revector.report import clock, figure, health
+from revector.work import Effect, Health, Note, Observation, Phase, Progress, Recorded
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-#: Seconds between two lines about one phase, off a terminal; following goes on for days.
+#: Seconds between two lines about one phase, off a terminal; a follower's health line speaks for itself.
 _EVERY: Final = 10.0
-_EVERY_FOLLOWING: Final = 60.0
 #: Seconds of the past that the rate is taken from.
 _MEMORY: Final = 120.0
 #: Statements that change something; the rest only look.
@@ -102,6 +101,7 @@ class Terminal:
         self._bars: Bars | None = None
         self._task: TaskID | None = None
         self._handler: _Statements | None = None
+        self._ailing = False
 
     def __enter__(self) -> Terminal:
         if self.verbose:
@@ -132,6 +132,11 @@ class Terminal:
                 self.note(seen.text)
             elif isinstance(seen, Recorded) and self.verbose:
                 self.note(f"recorded: {seen.step}{_figures(seen.figures)}")
+            elif isinstance(seen, Health):
+                # On a terminal the line of progress says how it goes, and a remark what is wrong.
+                if self._console is None or seen.state != "active" or self._ailing:
+                    self.note(health(seen))
+                self._ailing = seen.state == "trouble"
             elif isinstance(seen, Effect):
                 pass  # its `Recorded` follows
 
@@ -182,8 +187,7 @@ class Terminal:
         if self._console is not None:
             self._draw(seen, self._meter)
             return
-        every = _EVERY_FOLLOWING if seen.phase == "follow" else _EVERY
-        if now - self._told >= every:
+        if now - self._told >= _EVERY and seen.phase != "follow":
             self._told = now
             name = self._named(seen)
             self.note(f"{name}: {self._meter.told(now)}" if name else self._meter.told(now))

@@ -168,6 +168,14 @@ DROP FUNCTION IF EXISTS revector.{function} ({types});
 -- lock: none
 DROP FUNCTION IF EXISTS revector.{function} ({types});
 
+-- name: guarded
+-- Whether our trigger fires ALWAYS and last on a table without partitions; asked twice a second, so it reads little.
+-- lock: none
+SELECT coalesce(bool_or(t.tgname = %(trigger)s AND t.tgenabled = 'A'), false)
+   AND NOT coalesce(bool_or(NOT t.tgisinternal AND t.tgtype & 3 = 3 AND t.tgtype & 20 <> 0 AND t.tgenabled <> 'D'
+                            AND t.tgname::text COLLATE "C" > %(trigger)s COLLATE "C"), false) AS fine
+  FROM pg_trigger t WHERE t.tgrelid = %(table)s::oid;
+
 -- name: alive
 -- The relations on which our trigger is missing, does not fire ALWAYS, or is not the last of the row's BEFORE triggers.
 -- lock: none

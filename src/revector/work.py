@@ -76,7 +76,25 @@ class Recorded:
     figures: Mapping[str, Any]
 
 
-Observation = Phase | Progress | Note | Effect | Recorded
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a follower does; told from time to time, and whenever its state changes."""
+
+    #: `active`, `standing by` or `trouble`.
+    state: str
+    #: Rows filled since it was started.
+    filled: int
+    #: Rows pending now; None: not counted.
+    pending: int | None
+    #: Seconds that the oldest known pending row has been waiting.
+    oldest: float
+    #: Texts that a model refuses.
+    refused: int
+    #: What is wrong, or what it waits for.
+    why: str = ""
+
+
+Observation = Phase | Progress | Note | Effect | Recorded | Health
 Observer = Callable[[Observation], None]
 
 

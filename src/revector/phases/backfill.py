@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from psycopg import sql
 
 from revector.db import Session, block, raw
 from revector.embed import Embedder
-from revector.errors import Closing, GateFailed, PauseBudgetMissed, Refused, RevectorError
+from revector.errors import Closing, GateFailed, Interrupted, PauseBudgetMissed, Refused, RevectorError
 from revector.partitions import Detached, Leaf
 from revector.plan import Generation, Plan, cut_name, hot_share
 from revector.work import Effect, Outcome, Progress, Recorded, Work
@@ -49,6 +49,13 @@ _NOTED_EVERY: Final = 2.0
 _FILL_LIMIT: Final = 256
 #: Seconds after the first look at every row within which `refresh` must catch the last stale one.
 _REFRESH_PATIENCE: Final = 60.0
+#: A model that fails is asked again after so many seconds, and after twice as many each time, up to so many.
+_TRY_AGAIN: Final = (1.0, 60.0)
+#: Of rows that came with a vector, so many are embedded again to see whether it is right, every so many seconds.
+_SAMPLE: Final = 8
+_SAMPLE_EVERY: Final = 10.0
+#: Vectors of one text by one model are more alike than this, whatever precision each side computes with.
+_ALIKE: Final = 0.9
 #: Attempts at a write-back between whose snapshot and lock rows are moved to other leaves.
 _MOVES: Final = 20
 #: Little-endian machines store what COPY wants big-endian; (type name) -> (element type, bytes of an element).
@@ -406,9 +413,9 @@ class _Entered:
         """Run a write-back; returns the rows written."""
         return int(self._tried(lambda: self.session.execute(statement, **params), 0))
 
-    def ask(self, statement: sql.Composable) -> list[Any]:
+    def ask(self, statement: sql.Composable, **params: object) -> list[Any]:
         """Run a write-back that tells something of what it wrote; returns its rows."""
-        return list(self._tried(lambda: self.session.rows(statement), ()))
+        return list(self._tried(lambda: self.session.rows(statement, **params), ()))
 
     def _tried(self, run: Callable[[], Any], nothing: Any) -> Any:
         """Run a write-back where rows may move.
@@ -537,13 +544,30 @@ def _records(
     return records.tobytes()
 
 
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """A model that fails: the error, since when, and when it is asked again (by the monotonic clock)."""
+
+    error: RevectorError
+    since: float
+    wait: float
+    again: float
+
+
 class Filler:
     """Fills pending rows of the managed generations through their pending indexes: catch-up and follower share it."""
 
-    def __init__(self, work: Work, numbers: Sequence[int]) -> None:
+    def __init__(self, work: Work, numbers: Sequence[int], *, enduring: bool = False) -> None:
         self.work = work
         #: The generations to fill: the new one before SERVED, both from then on.
         self.numbers = tuple(numbers)
+        #: Whether a model that fails is left alone for a while, and the other one's rows are filled.
+        self.enduring = enduring
+        #: Generation number -> what is wrong with its model. Who does not endure is told when all else is written.
+        self.troubles: dict[int, Trouble] = {}
+        #: (leaf, place, hash of the text) -> when a look found it pending first; those of the last walk alone.
+        self.seen: dict[tuple[int, str, int], float] = {}
+        self._met: dict[tuple[int, str, int], float] = {}
         # A TID range scan from the last place on would read the whole table; the pending index is tiny.
         self.reader = work.database.connect("follower", enable_seqscan="off", enable_tidscan="off")
         self._writer = writer(work)
@@ -551,6 +575,11 @@ class Filler:
         self.written = 0
         #: Generation number -> when its last write was noted.
         self._noted: dict[int, float] = {}
+        #: (leaf, hash of the text) of rows whose other half a failing model still owes.
+        self._halves: set[tuple[int, int]] = set()
+        #: Rows that came with a vector of the wrong model, and when such a sample was embedded last.
+        self.alarms = 0
+        self._sampled = float("-inf")
 
     def __enter__(self) -> Filler:
         return self
@@ -573,48 +602,89 @@ class Filler:
     def walk(self) -> int:
         """One walk through all that is pending now, leaf by leaf in heap order; returns the rows written.
 
-        A locked row is skipped and met again on the next walk, so a locked head cannot starve the rest.
+        A locked row is skipped and met again on the next walk, so a locked head cannot starve the rest. A model that
+        fails keeps nobody from the other generation's rows. Raises what failed, at the end, unless this endures.
         """
-        leaves, ledger = self.work.leaves(self.reader), self.work.ledger_on(self.session)
+        self._met = {}
+        ledger = self.work.ledger_on(self.session)
         swapped = ledger.unsettled(self.work.plan.old.number)
-        if len(leaves) > 1:
-            waiting = self._waiting()
-            leaves = tuple(leaf for leaf in leaves if leaf.oid in waiting)
-        written = sum(self._walk(leaf) for leaf in leaves)
-        if swapped is not None and not self.work.stop():
+        due = [number for number in self.troubles if time.monotonic() >= self.troubles[number].again]
+        sound = [number for number in self.numbers if number not in self.troubles]
+        try:
+            written = self._walk_all(sound) if sound else 0
+            for number in due:
+                written += self._walk_all([number])
+        finally:
+            self.seen = self._met
+        if self.troubles and not self.enduring:
+            raise self.troubles.popitem()[1].error
+        if swapped is not None and not self.troubles and not self.work.stop():
             ledger.settle_swap(swapped)
         return written
 
-    def _waiting(self) -> set[int]:
+    def prove(self) -> None:
+        """Load and check the models now, so that whoever counts on this counts on models that answer."""
+        for number in self.numbers:
+            try:
+                self.work.models[number]()
+            except Interrupted:
+                raise
+            except RevectorError as error:
+                self._in_trouble(number, error)
+
+    def oldest(self) -> float:
+        """Seconds since a look first found something pending that is not filled yet; 0: nothing waits."""
+        first = [*self.seen.values(), *(trouble.since for trouble in self.troubles.values())]
+        return max(0.0, time.monotonic() - min(first)) if first else 0.0
+
+    def _walk_all(self, numbers: Sequence[int]) -> int:
+        names = self._names()
+        if not self.work.plan.partitioned:
+            return self._walk(self._table, numbers, names)
+        leaves = self.work.leaves(self.reader)
+        if len(leaves) > 1:
+            waiting = self._waiting(numbers, names)
+            leaves = tuple(leaf for leaf in leaves if leaf.oid in waiting)
+        return sum(self._walk(leaf, numbers, names) for leaf in leaves)
+
+    def _names(self) -> dict[int, sql.Identifier]:
+        """Generation number -> the name that its column has now, from the server's caches: an idle look reads little."""
+        plan = self.work.plan
+        rows = self.reader.rows(
+            block("phases/backfill", "names"), table=plan.table_oid, numbers=[plan.old.number, plan.new.number]
+        )
+        found = {row.number: row.names for row in rows if row.names}
+        for number in self.numbers:
+            if number not in found:
+                raise Refused(
+                    f"{plan.table}: the column of generation {number} is gone", hint=f"revector status {plan.argument}"
+                )
+            schema, name, _ = found[number]
+            self._table = Leaf(plan.table_oid, schema, name)
+        return {number: sql.Identifier(names[2]) for number, names in found.items()}
+
+    def _waiting(self, numbers: Sequence[int], names: Mapping[int, sql.Identifier]) -> set[int]:
         """The leaves with pending rows, asked at once: most of many have none."""
+        parts = {"table": self._table.identifier, "text": raw(self.work.plan.text_sql)}
         return {
             row.oid
-            for number in self.numbers
-            for row in self.reader.rows(
-                block(
-                    "phases/backfill",
-                    "waiting",
-                    **_parts(self.work, self.work.plan.generation(number), self.reader),
-                )
-            )
+            for number in numbers
+            for row in self.reader.rows(block("phases/backfill", "waiting", column=names[number], **parts))
         }
 
-    def _walk(self, leaf: Leaf) -> int:
+    def _walk(self, leaf: Leaf, numbers: Sequence[int], names: Mapping[int, sql.Identifier]) -> int:
         written, after = 0, "(0,0)"
         # What is written behind the present end is for the next walk: writers as fast as the model must not hold us.
         end_block = _blocks(self.reader, leaf)
+        parts = {"table": leaf.identifier, "text": raw(self.work.plan.text_sql)}
         while not self.work.stop():
             found: dict[str, Any] = {}
             needed: dict[int, set[str]] = {}
             ends = []
-            for number in self.numbers:
-                statement = block(
-                    "phases/backfill",
-                    "pending_rows",
-                    **_parts(self.work, self.work.plan.generation(number), self.reader, leaf),
-                )
+            wanted = [number for number in numbers if number not in self.troubles or len(numbers) == 1]
+            for number in wanted:
                 rows = self.reader.rows(
-                    statement,
+                    block("phases/backfill", "pending_rows", column=names[number], **parts),
                     after=after,
                     end=f"({end_block},0)",
                     migration=self.work.ledger.migration,
@@ -630,11 +700,14 @@ class Filler:
             # Beyond the nearest end one generation has not been read yet.
             end = min(ends, default=None)
             batch = [r for tid, r in found.items() if end is None or _place(tid) <= end]
+            now = time.monotonic()
+            for key in [(leaf.oid, r.tid, r.hash) for r in batch]:
+                self._met[key] = self.seen.get(key, now)
             try:
                 written += self._fill(leaf, batch, needed)
             except Detached:
                 return written
-            if end is None:
+            if end is None or all(number in self.troubles for number in numbers):
                 return written
             after = f"({end[0]},{end[1]})"
         return written
@@ -658,21 +731,25 @@ class Filler:
 
     def _fill(self, leaf: Leaf, batch: list[Any], needed: dict[int, set[str]]) -> int:
         plan, rows = self.work.plan, Rows.of(batch)
-        vectors: dict[int, NDArray[np.float32]] = {}
-        for number in self.numbers:
-            generation = plan.generation(number)
-            chosen = [n for n, r in enumerate(batch) if r.tid in needed[number]]
-            vectors[number] = np.full((len(batch), generation.model.dimension), np.nan, np.float32)
-            for start in range(0, len(chosen), self.work.batch_size):
-                if self.work.stop():
-                    break
-                some = chosen[start : start + self.work.batch_size]
-                embedder = self.work.models[number]()
-                vectors[number][some], bad = encode(self.work, generation, embedder, [rows.texts[n] for n in some])
-                for position, refusal in bad.items():
-                    self.work.ledger_on(self.session).fail(
-                        number, int(rows.hashes[some[position]]), refusal.kind, refusal.error
-                    )
+        vectors = {
+            number: np.full((len(batch), plan.generation(number).model.dimension), np.nan, np.float32)
+            for number in self.numbers
+        }
+        for number, places in needed.items():
+            chosen = [n for n, r in enumerate(batch) if r.tid in places]
+            try:
+                self._embed(number, rows, chosen, vectors[number])
+            except Interrupted:
+                raise
+            except RevectorError as error:
+                # What is embedded already is paid for: it is written before anybody is told.
+                self._in_trouble(number, error)
+                self._halves |= {(leaf.oid, int(rows.hashes[n])) for n in chosen}
+            else:
+                if chosen:
+                    self.troubles.pop(number, None)
+        if len(self.numbers) > 1 and plan.confusable:
+            self._inspect(leaf, rows, batch, needed, vectors)
         old, new = vectors.get(plan.old.number), vectors.get(plan.new.number)
         stage_rows(self.session, plan, rows, np.arange(len(batch)), old=old, new=new)
         with entered(self.work, self.session, leaf) as at:
@@ -680,11 +757,110 @@ class Filler:
             if at.served:
                 told = at.ask(block("phases/backfill", "fill", old=at.columns[plan.old.number], **parts))
                 count = sum(int(row.rows) for row in told)
-                self._note_writes(told)
+                # A row that we have filled by halves lacks the other half because of us.
+                ours = {(leaf.oid, int(text_hash)) for text_hash in rows.hashes} & self._halves
+                if ours and not self.troubles:
+                    self._halves -= ours
+                elif not ours:
+                    self._note_writes(told)
             else:
                 count = at.write(block("phases/backfill", "fill_candidate", **parts))
         self.written += count
         return count
+
+    def _embed(self, number: int, rows: Rows, chosen: list[int], vectors: NDArray[np.float32]) -> None:
+        """Embed some of the rows into their places of `vectors`; refused texts are recorded, and stay NaN."""
+        generation = self.work.plan.generation(number)
+        for start in range(0, len(chosen), self.work.batch_size):
+            if self.work.stop():
+                return
+            some = chosen[start : start + self.work.batch_size]
+            embedder = self.work.models[number]()
+            vectors[some], bad = encode(self.work, generation, embedder, [rows.texts[n] for n in some])
+            for position, refusal in bad.items():
+                self.work.ledger_on(self.session).fail(
+                    number, int(rows.hashes[some[position]]), refusal.kind, refusal.error
+                )
+
+    def _inspect(
+        self,
+        leaf: Leaf,
+        rows: Rows,
+        batch: list[Any],
+        needed: Mapping[int, set[str]],
+        vectors: Mapping[int, NDArray[np.float32]],
+    ) -> None:
+        """Alarm when the vector that a row came with is of the wrong model, and make that row pending.
+
+        Where both models' vectors fit one column nothing else would show it. A row that lacks only one side's vector came
+        with the other's: is that what the missing side's model has just given for this text, the writer used the wrong
+        model. Of the rest a sample is embedded again, for a third model could have been at work.
+        """
+        plan = self.work.plan
+        for own, other in ((plan.old, plan.new), (plan.new, plan.old)):
+            mine, theirs = needed.get(own.number, set()), needed.get(other.number, set())
+            chosen = [n for n, r in enumerate(batch) if r.tid in theirs - mine and _has(vectors[other.number], n)]
+            if not chosen or own.number in self.troubles:
+                continue
+            parts = _parts(self.work, own, self.reader, leaf)
+            given = {
+                r.tid: r for r in self.reader.rows(
+                    block("phases/backfill", "given", **parts), tids=[batch[n].tid for n in chosen],
+                    hashes=[int(rows.hashes[n]) for n in chosen],
+                )
+            }  # fmt: skip
+            theirs_of = {
+                n: _cosine(given[batch[n].tid].vector, vectors[other.number][n])
+                for n in chosen
+                if batch[n].tid in given
+            }
+            suspects = [n for n, cosine in theirs_of.items() if cosine >= _ALIKE]
+            rest = [n for n in theirs_of if n not in suspects][:_SAMPLE]
+            if time.monotonic() - self._sampled < _SAMPLE_EVERY:
+                rest = []
+            elif rest:
+                self._sampled = time.monotonic()
+            if not suspects + rest:
+                continue
+            try:
+                fresh, _ = encode(
+                    self.work, own, self.work.models[own.number](), [rows.texts[n] for n in suspects + rest]
+                )
+            except RevectorError as error:
+                self._in_trouble(own.number, error)
+                continue
+            wrong = set()
+            for n, vector in zip(suspects + rest, fresh, strict=True):
+                right = _cosine(given[batch[n].tid].vector, vector)
+                if np.isfinite(vector[0]) and (theirs_of[n] > right if n in suspects else right < _ALIKE):
+                    wrong.add(n)
+            by = other.model.model if wrong & set(suspects) else "another model"
+            if wrong:
+                self._alarm(leaf, own, by, [given[batch[n].tid] for n in sorted(wrong)])
+
+    def _alarm(self, leaf: Leaf, generation: Generation, by: str, found: list[Any]) -> None:
+        """Make the rows pending, unless somebody has written them meanwhile, and say so on record."""
+        with entered(self.work, self.session, leaf) as at:
+            cleared = at.ask(
+                block("phases/backfill", "clear_wrong", table=at.table, column=at.columns[generation.number]),
+                tids=[r.tid for r in found],
+                sums=[r.sum for r in found],
+            )
+        if not cleared:
+            return
+        model = generation.model.model
+        self.alarms += len(cleared)
+        self.work.ledger_on(self.session).record("alarm", {"model": model, "rows": len(cleared), "written_by": by})
+        self.work.note(
+            f"ALARM: {len(cleared)} rows were written with vectors of {by} as if they were of {model}; they are embedded"
+            " again. A version of the application uses the wrong model: stop it, for it also searches with it"
+        )
+
+    def _in_trouble(self, number: int, error: RevectorError) -> None:
+        """Leave a failing model alone for a while: twice as long each time."""
+        now, before = time.monotonic(), self.troubles.get(number)
+        wait = _TRY_AGAIN[0] if before is None else min(2 * before.wait, _TRY_AGAIN[1])
+        self.troubles[number] = Trouble(error, now if before is None else before.since, wait, now + wait)
 
     def _note_writes(self, told: Sequence[Any]) -> None:
         """Remember that a side wrote: a row that lacks only the other side's vector got its own from an application."""
@@ -697,6 +873,15 @@ class Filler:
                 continue
             if self.work.ledger_on(self.session).note_write(generation.number, row.newest):
                 self._noted[generation.number] = time.monotonic()
+
+
+def _cosine(given: Sequence[float], vector: NDArray[np.float32]) -> float:
+    """Cosine of two vectors; -1 where they cannot be compared."""
+    stored = np.array(given, dtype=np.float64)
+    if stored.shape != vector.shape:
+        return -1.0
+    norms = float(np.linalg.norm(stored) * np.linalg.norm(vector))
+    return float(stored @ vector.astype(np.float64)) / norms if norms > 0 else -1.0
 
 
 def _place(tid: str) -> tuple[int, int]:

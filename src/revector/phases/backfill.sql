@@ -81,6 +81,13 @@ SELECT what FROM (
 -- lock: ACCESS SHARE
 SELECT DISTINCT t.tableoid AS oid FROM {table} AS t WHERE t.{column} IS NULL AND ({text}) IS NOT NULL;
 
+-- name: names
+-- Schema, table and column of generations, or NULL for a column that is gone; answered from the server's caches.
+-- lock: none
+SELECT g.number, (pg_identify_object_as_address('pg_class'::regclass, g.table_oid, g.attnum)).object_names AS names
+  FROM revector.generations g
+ WHERE g.table_oid = %(table)s::oid AND g.number = ANY (%(numbers)s) AND g.attnum IS NOT NULL;
+
 -- name: pending_rows
 -- Rows pending in one generation, through its pending index, from a place in the heap on; refused texts are skipped.
 -- lock: ACCESS SHARE
@@ -90,6 +97,21 @@ SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::t
    AND NOT EXISTS (SELECT FROM revector.failures f WHERE f.migration = %(migration)s AND f.generation = %(generation)s
                     AND f.text_hash = hashtextextended(({text})::text COLLATE "C", 0))
  ORDER BY t.ctid LIMIT %(limit)s;
+
+-- name: given
+-- The vectors that rows came with, where their texts are still those.
+-- lock: ACCESS SHARE
+SELECT t.ctid::text AS tid, t.{column}::real[] AS vector, md5(t.{column}::text) AS sum
+  FROM unnest(%(tids)s::tid[], %(hashes)s::bigint[]) AS s (tid, hash) JOIN ONLY {table} AS t ON t.ctid = s.tid
+ WHERE t.{column} IS NOT NULL AND hashtextextended(({text})::text COLLATE "C", 0) = s.hash;
+
+-- name: clear_wrong
+-- Make rows pending whose vector is still the wrong one that was read.
+-- lock: ROW EXCLUSIVE
+WITH locked AS MATERIALIZED (
+  SELECT t.ctid AS tid FROM unnest(%(tids)s::tid[], %(sums)s::text[]) AS s (tid, sum) JOIN ONLY {table} AS t ON t.ctid = s.tid
+   WHERE md5(t.{column}::text) = s.sum FOR NO KEY UPDATE OF t SKIP LOCKED)
+UPDATE ONLY {table} AS t SET {column} = NULL FROM locked l WHERE t.ctid = l.tid RETURNING t.ctid;
 
 -- name: fill
 -- Write one batch of pending rows, both generations of a row at once; tells which side's vector was the one that was there.
