@@ -647,12 +647,17 @@ def run(
 def follow(
     table: Table,
     once: Annotated[bool, typer.Option("--once", help="Fill what is pending now, and end.")] = False,
+    health_every: Annotated[
+        float,
+        typer.Option("--health-every", min=1, metavar="SECONDS", help="Between two health lines. Default: 60."),
+    ] = 60.0,
     verbose: Verbose = False,
 ) -> None:
     """Keep both models' vectors fresh while rows are written.
 
-    Changes: fills missing vectors of the open migration. One follower is active, others stand by. Ctrl-C and SIGTERM
-    end it with exit code 0; it ends by itself when the migration is finalized or aborted.
+    Changes: fills missing vectors of the open migration. One follower is active, others stand by and take over. It
+    waits for a server or a model that is away, and writes a health line to its log. Ctrl-C and SIGTERM end it with
+    exit code 0; it ends by itself when the migration is finalized or aborted.
 
     Example: revector follow knowledge_base
     """
@@ -665,7 +670,7 @@ def follow(
             _check_followable(migration)
             oid = migration.oid
         _stop.gentle = True
-        follower = Follower(settings, oid, observe=terminal, stop=_stop)
+        follower = Follower(settings, oid, observe=terminal, stop=_stop, health_every=health_every)
         if once:
             terminal.say(f"{follower.once():,} rows filled")
             return
@@ -863,12 +868,14 @@ def status(
             metavar="[TABLE]", help="The table. Default: every table that revector knows.", show_default=False
         ),
     ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 when there is an alert, for a monitor.")] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Say what is true now: which model answers, what is pending.
 
-    Changes nothing. The last line is the exact next command.
+    Changes nothing. The last line is the exact next command. An ALERT, red on a terminal, says that nobody fills rows
+    that search misses, that a follower is in trouble, or that somebody writes with the wrong model.
 
     Example: revector status knowledge_base --json
     """
@@ -887,7 +894,13 @@ def status(
         elif as_json:
             terminal.say(json.dumps({"format": 1, "tables": [s.to_json() for s in found]}, ensure_ascii=False))
         else:
-            terminal.say(report.statuses(found))
+            terminal.say(report.statuses(found), alarming="  ALERT ")
+        alerts = [(s.table, alert) for s in found for alert in s.alerts]
+        if check and alerts:
+            raise GateFailed(
+                "; ".join(f"{name}: {alert.what}" for name, alert in alerts),
+                hint="\n".join(dict.fromkeys(alert.next for _, alert in alerts)),
+            )
 
 
 @app.command(cls=_Command, rich_help_panel=LOOK)

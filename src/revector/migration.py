@@ -18,7 +18,7 @@ from revector.catalog import dependents, find_table, read_server, read_table
 from revector.db import DEFAULT_LIMITS, Database, PauseLimits, Session, block, raw, translated
 from revector.errors import Busy, GateFailed, Interrupted, Refused, ServerLost
 from revector.follow import Follower
-from revector.ledger import NEXT, Event, Ledger, MigrationRow, Stage
+from revector.ledger import NEXT, Event, Ledger, MigrationRow, Stage, Vigil
 from revector.moment import AT_ONCE, Moment, wait
 from revector.phases import backfill, backup, cutover, expand, finalize, index, serve, verify
 from revector.plan import (
@@ -47,6 +47,9 @@ __all__ = ["STEPS", "Migration", "Preview", "Result", "Status"]
 _FOLLOWER_PATIENCE: Final = 30.0
 #: Seconds between two looks at what is pending while a swap waits for its moment.
 _LOOK_WHILE_WAITING: Final = 2.0
+#: A pending row that waits longer than this (seconds) is an alert, and so long an alarm is one after its last sign.
+LATE: Final = 60.0
+ALARMING: Final = 3600.0
 NO_CONSENTS: Final = Consents()
 #: How long the old side must not have been written before it may be dropped, in seconds.
 QUIET_FOR: Final = 3600.0
@@ -107,6 +110,18 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
+class Alert:
+    """Something that somebody should look at now."""
+
+    #: `follower_down`, `follower_trouble`, `follower_late` or `wrong_model`.
+    kind: str
+    #: One sentence.
+    what: str
+    #: The exact next command, or what to do.
+    next: str
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """What is true now."""
 
@@ -122,6 +137,10 @@ class Status:
     next: str
     #: (name, bytes, seconds since it was made) of the backup table.
     backup: tuple[str, int, float] | None = None
+    #: The followers that live.
+    vigil: tuple[Vigil, ...] = ()
+    #: What is wrong now; a monitor shows red when there is any.
+    alerts: tuple[Alert, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The public format 1: keys are added, never renamed."""
@@ -147,7 +166,12 @@ class Status:
             "backup": None
             if self.backup is None
             else {"table": self.backup[0], "bytes": self.backup[1], "age_s": round(self.backup[2])},
-        }
+            "alerts": [{"kind": a.kind, "what": a.what, "next": a.next} for a in self.alerts],
+            "vigil": [
+                {"host": f.host, "pid": f.pid, "active": f.active, "filled": f.filled, "oldest_s": round(f.oldest),
+                 "trouble": f.trouble} for f in self.vigil
+            ],
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -960,7 +984,43 @@ class Migration:
             followers,
             f"revector {following} {self.argument}",
             saved,
+            tuple(vigil := self.ledger.vigil()),
+            self._alerts(row, [s for s in (live, second) if s is not None], vigil) if guarded else (),
         )
+
+    def _alerts(self, row: MigrationRow, sides: Sequence[Side], vigil: Sequence[Vigil]) -> tuple[Alert, ...]:
+        """What is wrong where two generations are to be kept fresh."""
+        found: list[Alert] = []
+        waiting = [side for side in sides if side.pending]
+        rows = " and ".join(f"{side.pending:,} rows have no vector of {side.model}" for side in waiting)
+        follow = f"revector follow {self.argument}"
+        ailing = [f for f in vigil if f.trouble]
+        if not any(f.active for f in vigil):
+            if ailing:
+                found.append(
+                    Alert("follower_trouble", f"the follower is in trouble: {ailing[0].trouble}", _log(ailing[0]))
+                )
+            elif waiting:
+                found.append(Alert("follower_down", f"no follower is alive, and {rows}: search misses them", follow))
+        found += [
+            Alert("follower_late", f"a row is pending for {f.oldest:.0f} s: locked, or the model is too slow", _log(f))
+            for f in vigil if f.active and f.oldest >= LATE
+        ]  # fmt: skip
+        if wrong := self.control.row(block("migration", "last_alarm"), migration=row.id, seconds=ALARMING):
+            told = wrong.figures
+            found.append(
+                Alert(
+                    "wrong_model",
+                    f"{told['rows']:,} rows came with vectors of {told['written_by']} in place of {told['model']},"
+                    f" {_ago(wrong.age, '')}",
+                    "stop the version of the application that uses the wrong model",
+                )
+            )
+        return tuple(found)
+
+
+def _log(follower: Vigil) -> str:
+    return f"look at the follower's log on {follower.host} (process {follower.pid})"
 
 
 def _whole(seconds: float | None) -> int | None:

@@ -23,3 +23,12 @@ SELECT extract(epoch FROM clock_timestamp() - max(s.last_idx_scan))::float8
 -- lock: ACCESS SHARE, for a scan
 SELECT count(*) FROM {table} AS t
  WHERE t.{outgoing} IS NOT NULL AND t.{incoming} IS NULL AND ({text}) IS NULL AND ({inside}) IS TRUE;
+
+-- name: last_alarm
+-- Rows that came with vectors of the wrong model lately, and seconds since the last of them.
+-- lock: none
+SELECT jsonb_build_object('rows', sum((figures ->> 'rows')::int), 'written_by', max(figures ->> 'written_by'),
+                          'model', max(figures ->> 'model')) AS figures,
+       extract(epoch FROM clock_timestamp() - max(at))::float8 AS age
+  FROM revector.events WHERE migration = %(migration)s AND step = 'alarm'
+   AND at > clock_timestamp() - %(seconds)s * interval '1 s' HAVING count(*) > 0;

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from revector.migration import Missing, Preview, Result, Side, Status
     from revector.plan import Finding, Request, TargetIndex
     from revector.search import SearchResult
-    from revector.work import Health
 
 #: What fits a terminal that nobody has widened.
 WIDTH: Final = 80
@@ -378,22 +377,26 @@ def status(now: Status) -> str:
     ) if count]  # fmt: skip
     rows.append(("rows", f"{now.rows:,}" + (f" ({', '.join(odd)})" if odd else "")))
     if now.other is not None:
-        rows.append(("followers", f"{now.followers} alive" if now.followers else _no_follower(now)))
+        rows.append(("followers", _followers(now)))
     if now.backup is not None:
         name, bytes_, age = now.backup
         rows.append(("backup", f"{name}, {size(bytes_)}, made {duration(age)} ago"))
     if now.closing:
         rows.append(("closing", f"writes are not guarded any more: {now.closing} must be completed"))
+    rows += [("ALERT", f"{alert.what}; {alert.next}") for alert in now.alerts]
     return "\n".join([head, *(f"  {name:<11}{told}" for name, told in rows), f"next: {now.next}"])
 
 
-def health(now: Health) -> str:
-    """One line for a log: `health: active; 12,345 rows filled, 0 pending, oldest 0 s, 0 texts refused`."""
-    parts = [f"{now.filled:,} rows filled"]
-    if now.pending is not None:
-        parts += [f"{now.pending:,} pending", f"oldest {now.oldest:.0f} s", f"{now.refused:,} texts refused"]
-    why = f": {now.why}" if now.why else ""
-    return f"health: {now.state}{why}; {', '.join(parts)}"
+def _followers(now: Status) -> str:
+    """How many live, what they have done, and who stands by or is in trouble."""
+    active = [f for f in now.vigil if f.active]
+    standing = sum(not f.active and not f.trouble for f in now.vigil)
+    parts = [f"{now.followers} alive" if now.followers else _no_follower(now)]
+    parts += [
+        f"{f.filled:,} rows filled" + (f", the oldest waits {f.oldest:.0f} s" if f.oldest >= 1 else "") for f in active
+    ]
+    parts += [f"{standing} standing by"] * bool(standing)
+    return "; ".join(parts)
 
 
 def _side(side: Side, width: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import sys
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
-from revector.report import clock, figure, health
+from revector.report import clock, figure
 from revector.work import Effect, Health, Note, Observation, Phase, Progress, Recorded
 
 if TYPE_CHECKING:
@@ -147,10 +148,13 @@ class Terminal:
             for paragraph in text.splitlines():
                 self._line(_wrapped(paragraph, indent, self._width()))
 
-    def say(self, text: str) -> None:
-        """Print an answer on stdout, with no bar in its way."""
+    def say(self, text: str, *, alarming: str = "") -> None:
+        """Print an answer on stdout, with no bar in its way; lines that begin with `alarming` are red on a terminal."""
         with self._lock:
             self.rest()
+            if alarming and sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+                lines = text.splitlines()
+                text = "\n".join(f"\x1b[31m{line}\x1b[0m" if line.startswith(alarming) else line for line in lines)
             write(sys.stdout, text + "\n")
 
     def statement(self, text: str) -> None:
@@ -221,6 +225,15 @@ class Terminal:
         return shutil.get_terminal_size().columns if self._console is not None else 0
 
 
+def health(now: Health) -> str:
+    """One line for a log: `health: active; 12,345 rows filled, 0 pending, oldest 0 s, 0 texts refused`."""
+    parts = [f"{now.filled:,} rows filled"]
+    if now.pending is not None:
+        parts += [f"{now.pending:,} pending", f"oldest {now.oldest:.0f} s", f"{now.refused:,} texts refused"]
+    why = f": {now.why}" if now.why else ""
+    return f"health: {now.state}{why}; {', '.join(parts)}"
+
+
 class _Statements(logging.Handler):
     """Hands the statements that `db.py` logs to the terminal."""
 
@@ -243,8 +256,6 @@ def write(stream: TextIO, text: str) -> None:
 
 def silence(stream: TextIO) -> None:
     """Nobody reads this stream any more: what is still written to it vanishes, also at exit."""
-    import os
-
     with open(os.devnull, "w", encoding="utf-8") as nothing:  # noqa: PTH123
         os.dup2(nothing.fileno(), stream.fileno())
 

@@ -744,10 +744,13 @@ class Filler:
             except RevectorError as error:
                 # What is embedded already is paid for: it is written before anybody is told.
                 self._in_trouble(number, error)
-                self._halves |= {(leaf.oid, int(rows.hashes[n])) for n in chosen}
             else:
                 if chosen:
                     self.troubles.pop(number, None)
+        here = {(leaf.oid, int(text_hash)) for text_hash in rows.hashes}
+        ours = here & self._halves
+        if self.troubles:
+            self._halves |= here
         if len(self.numbers) > 1 and plan.confusable:
             self._inspect(leaf, rows, batch, needed, vectors)
         old, new = vectors.get(plan.old.number), vectors.get(plan.new.number)
@@ -758,11 +761,10 @@ class Filler:
                 told = at.ask(block("phases/backfill", "fill", old=at.columns[plan.old.number], **parts))
                 count = sum(int(row.rows) for row in told)
                 # A row that we have filled by halves lacks the other half because of us.
-                ours = {(leaf.oid, int(text_hash)) for text_hash in rows.hashes} & self._halves
-                if ours and not self.troubles:
-                    self._halves -= ours
-                elif not ours:
+                if not ours:
                     self._note_writes(told)
+                elif not self.troubles:
+                    self._halves -= ours
             else:
                 count = at.write(block("phases/backfill", "fill_candidate", **parts))
         self.written += count

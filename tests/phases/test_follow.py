@@ -1,0 +1,369 @@
+"""The follower as a service: it comes back, others take over, it stays cheap and quick, and it says how it does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import psycopg
+import pytest
+from numpy.typing import NDArray
+from psycopg import sql
+
+from fix_commands import command, ended, started
+from fix_tables import (
+    NEW,
+    OLD,
+    advance,
+    assert_exact,
+    embedder,
+    fill,
+    following,
+    knowledge_base,
+    oid_of,
+    one,
+    settings,
+    steering,
+    until,
+    vector,
+)
+from revector import Request
+from revector.db import Database, Session
+from revector.embed import Embedder
+from revector.embed.hashing import Hashing
+from revector.embedded import Server
+from revector.errors import KeyRejected, Outage
+from revector.follow import Follower
+from revector.work import Health, Observation
+
+ALL = {"embedding": NEW, "embedding_g1": OLD}
+
+
+@contextmanager
+def connected(dsn: str) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(dsn, autocommit=True) as opened:
+        yield opened
+
+
+def fresh(connection: psycopg.Connection[Any], number: int) -> bool:
+    return bool(
+        one(connection, "SELECT embedding IS NOT NULL AND embedding_g1 IS NOT NULL FROM kb WHERE id = %s", number)
+    )
+
+
+def edit(connection: psycopg.Connection[Any], number: int) -> None:
+    connection.execute("UPDATE kb SET content = content || ' edited' WHERE id = %s", (number,))
+
+
+def test_it_comes_back_after_the_server_was_restarted(server: Server) -> None:
+    """An immediate restart, and every one of its sessions cut: in both cases the follower goes on by itself."""
+    with connected(server.dsn) as connection:
+        connection.execute("CREATE EXTENSION vector")
+        knowledge_base(connection, 20)
+        advance(server.dsn, "CUT_OVER")
+    follower = started(server.dsn, "follow", "kb", "--health-every", "1")
+    with connected(server.dsn) as connection:
+        until(lambda: one(connection, "SELECT count(*) FROM revector.heartbeats WHERE active"))
+    server.restart("immediate")
+    with connected(server.dsn) as connection:
+        edit(connection, 1)
+        until(lambda: fresh(connection, 1), 20)
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'revector%'"
+        )
+        edit(connection, 2)
+        until(lambda: fresh(connection, 2), 10)
+        until(
+            lambda: one(
+                connection, "SELECT count(*) FROM revector.heartbeats WHERE active AND at > now() - interval '3 s'"
+            )
+        )
+        assert_exact(connection, "kb", "content", ALL)
+    answer = ended(follower, signal.SIGTERM, seconds=5).exits(0)
+    assert "health: active; " in answer.err and "trying again in 0.5 s" in answer.err
+    assert "Traceback" not in answer.err and answer.out.startswith("following ended; ")
+
+
+def test_a_standby_takes_over_when_the_active_one_is_killed(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """The lock is the server's: it is free the moment that the holder's connection is gone."""
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER")
+    followers = [started(dsn, "follow", "kb", "--health-every", "1")]
+    until(lambda: one(connection, "SELECT count(*) FROM revector.heartbeats WHERE active"))
+    followers.append(started(dsn, "follow", "kb", "--health-every", "1"))
+    until(lambda: one(connection, "SELECT count(*) FROM revector.heartbeats") == 2)
+    time.sleep(1.2)  # the standby loads its models
+    assert "; 1 standing by" in command(dsn, "status", "kb").exits(0).out
+    edit(connection, 1)
+    until(lambda: fresh(connection, 1), 5)
+    followers[0].kill()
+    killed = time.monotonic()
+    edit(connection, 2)
+    until(lambda: fresh(connection, 2), 10)
+    assert time.monotonic() - killed < 5
+    assert followers[0].wait() == -signal.SIGKILL
+    ended(followers[0])
+    answer = ended(followers[1], signal.SIGTERM, seconds=5).exits(0)
+    assert answer.out == "following ended; 1 rows filled\n"
+    assert "health: standing by: another follower is active; 0 rows filled\n" in answer.err
+    assert "health: active; " in answer.err
+    assert_exact(connection, "kb", "content", ALL)
+
+
+def test_status_is_red_while_nobody_fills_what_search_misses(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER")
+    command(dsn, "status", "kb", "--check").exits(0)
+    connection.execute("UPDATE kb SET content = 'new' WHERE id < 3")
+    told = command(dsn, "status", "kb", "--json").exits(0).json
+    assert told["alerts"] == [
+        {
+            "kind": "follower_down",
+            "what": f"no follower is alive, and 3 rows have no vector of {NEW} and 3 rows have no vector of {OLD}:"
+            " search misses them",
+            "next": "revector follow kb",
+        }
+    ]
+    answer = command(dsn, "status", "kb", "--check").exits(1)
+    assert "\n  ALERT      no follower is alive, and 3 rows" in answer.out
+    assert answer.last.endswith("next: revector follow kb")
+    with following(dsn, connection):
+        until(lambda: fresh(connection, 1))
+        told = command(dsn, "status", "kb", "--check", "--json").exits(0).json
+        assert told["alerts"] == [] and told["vigil"][0]["active"] and told["vigil"][0]["pid"] == os.getpid()
+        connection.execute(
+            "UPDATE revector.heartbeats SET oldest = 61, filled = 7, at = clock_timestamp() + interval '9 s'"
+        )
+        late = command(dsn, "status", "kb", "--json").exits(0).json["alerts"]
+        assert not late or late[0]["kind"] == "follower_late"
+
+
+def an_idle_poll(dsn: str, connection: psycopg.Connection[Any]) -> list[tuple[str, str, Any]]:
+    """Exactly what the follower sends from one look to the next: (session, statement, parameters)."""
+    sent: list[tuple[str, str, Any]] = []
+    original = Session._execute
+
+    def spy(self: Session, statement: Any, params: Any) -> Any:
+        name = self.connection.info.get_parameters()["application_name"]
+        if "follower" in name:
+            sent.append((name, statement if isinstance(statement, str) else statement.as_string(None), params))
+        return original(self, statement, params)
+
+    def begins() -> list[int]:
+        return [n for n, (_, text, _) in enumerate(sent) if "FROM revector.migrations WHERE table_oid" in text]
+
+    with following(dsn, connection):
+        time.sleep(0.8)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Session, "_execute", spy)
+            until(lambda: len(begins()) > 1)
+    return sent[begins()[0] : begins()[1]]
+
+
+@pytest.mark.parametrize("rows", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_an_idle_poll_touches_few_buffers(dsn: str, connection: psycopg.Connection[Any], rows: int) -> None:
+    """All statements from one look to the next, catalog and ledger included, with what planning them reads."""
+    knowledge_base(connection, 20, index=None)
+    advance(dsn, "CUT_OVER")
+    for (name,) in connection.execute(
+        "SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam"
+        " WHERE i.indrelid = 'kb'::regclass AND a.amname = 'hnsw'"
+    ).fetchall():
+        connection.execute(f'DROP INDEX "{name}"')  # a million rows would take it minutes, and no poll reads it
+    connection.execute("SET revector.writer = 'on'")
+    connection.execute(
+        "INSERT INTO kb (id, content, embedding, embedding_g1) SELECT n, 'text ' || n, array_fill(n::real, '{32}')::vector,"
+        " array_fill(n::real, '{16}')::vector FROM generate_series(100, 99 + %s) AS n",
+        (rows,),
+    )
+    assert one(connection, "SELECT count(*) FROM kb WHERE embedding IS NULL OR embedding_g1 IS NULL") == 0
+    connection.execute("VACUUM ANALYZE kb")
+    polled = an_idle_poll(dsn, connection)
+    assert sum("IS NULL AND" in text for _, text, _ in polled) == 2, polled
+    executing = planning = 0
+    database = Database(settings(dsn))
+    with (
+        database.connect("control") as control,
+        database.connect("reader", enable_seqscan="off", enable_tidscan="off") as reader,
+    ):
+        for name, text, params in polled:
+            session = control if name == "revector follower control" else reader
+            for _ in range(2):  # by the second time the session's caches are as warm as the follower's
+                told = session.row(sql.SQL("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) " + text), **params)[0][0]
+            executing += buffers(told["Plan"])
+            planning += buffers(told.get("Planning", {}))
+    print(f"{rows:,} rows: {executing} buffers by {len(polled)} statements, and {planning} by planning them")
+    assert executing + planning < 20
+
+
+def buffers(part: dict[str, int]) -> int:
+    return part.get("Shared Hit Blocks", 0) + part.get("Shared Read Blocks", 0)
+
+
+def test_a_committed_row_is_searchable_by_the_other_version_within_two_seconds(
+    dsn: str, connection: psycopg.Connection[Any]
+) -> None:
+    """50 writes a second for 4 s, by both versions in turn: from the commit to both vectors being there."""
+    knowledge_base(connection, 400)
+    advance(dsn, "CUT_OVER")
+    committed: dict[int, float] = {}
+    waited: dict[int, float] = {}
+    done = threading.Event()
+
+    def watch() -> None:
+        with psycopg.connect(dsn, autocommit=True) as other:
+            while not (done.is_set() and len(waited) == len(committed)):
+                open_ = [n for n in list(committed) if n not in waited]
+                rows = other.execute(
+                    "SELECT id FROM kb WHERE id = ANY (%s) AND embedding IS NOT NULL AND embedding_g1 IS NOT NULL",
+                    (open_,),
+                ).fetchall()
+                now = time.monotonic()
+                waited.update({n: now - committed[n] for (n,) in rows})
+                if done.is_set() and now - max(committed.values()) > 20:
+                    return
+                time.sleep(0.01)
+
+    with following(dsn, connection):
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        began = time.monotonic()
+        for n in range(200):
+            time.sleep(max(0.0, began + n / 50 - time.monotonic()))
+            text = f"written at {n}"
+            if n % 2:
+                connection.execute(
+                    "INSERT INTO kb (id, content, embedding) VALUES (%s, %s, %s)", (1000 + n, text, vector(NEW, text))
+                )
+                committed[1000 + n] = time.monotonic()
+            else:
+                connection.execute(
+                    "UPDATE kb SET content = %s, embedding = %s WHERE id = %s", (text, vector(NEW, text), n)
+                )
+                committed[n] = time.monotonic()
+        done.set()
+        watcher.join()
+    assert len(waited) == 200
+    times = sorted(waited.values())
+    print(f"p50 {statistics.median(times):.2f} s, p99 {times[197]:.2f} s, max {times[-1]:.2f} s")
+    assert times[-1] < 2
+    assert_exact(connection, "kb", "content", ALL, at_least=500)
+
+
+def test_a_failing_model_does_not_keep_the_other_ones_rows(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Search with the model that works misses nothing; the rest is filled once the other one is back."""
+    knowledge_base(connection, 600)
+    advance(dsn, "CUT_OVER")
+    away = threading.Event()
+    away.set()
+    seen: list[Observation] = []
+    stop = threading.Event()
+    follower = Follower(settings(dsn), oid_of(connection), observe=seen.append, stop=stop.is_set, health_every=0.5)
+    work = follower._work
+
+    def failing(control: Session) -> Any:
+        row, made = work(control)  # type: ignore[misc]
+        right = made.models[row.plan.old.number]
+
+        def model() -> Any:
+            if away.is_set():
+                raise Outage("the old model is out")
+            return right()
+
+        made.models = {**made.models, row.plan.old.number: model}
+        return row, made
+
+    follower._work = failing  # type: ignore[method-assign]
+    thread = threading.Thread(target=follower.run)
+    thread.start()
+    try:
+        connection.execute("UPDATE kb SET content = content || ' edited'")
+        until(lambda: one(connection, "SELECT count(*) FROM kb WHERE embedding IS NULL") == 0)
+        assert one(connection, "SELECT count(*) FROM kb WHERE embedding_g1 IS NULL") == 600
+        until(lambda: any(isinstance(s, Health) and s.state == "trouble" and s.pending == 600 for s in seen))
+        until(
+            lambda: one(connection, "SELECT count(*) FROM revector.heartbeats WHERE trouble = 'the old model is out'")
+        )
+        told = command(dsn, "status", "kb", "--json").exits(0).json["alerts"]
+        assert [(a["kind"], a["what"]) for a in told] == [
+            ("follower_trouble", "the follower is in trouble: the old model is out")
+        ]
+        away.clear()
+        until(lambda: one(connection, "SELECT count(*) FROM kb WHERE embedding_g1 IS NULL") == 0)
+        until(lambda: isinstance(seen[-1], Health) and seen[-1].state == "active")
+    finally:
+        stop.set()
+        thread.join()
+    assert_exact(connection, "kb", "content", ALL)
+    assert one(connection, "SELECT count(*) FROM revector.generations WHERE written IS NOT NULL") == 0, (
+        "rows that the follower filled by halves were taken for an application's writes"
+    )
+
+
+def test_it_ends_when_no_model_is_left_that_waiting_would_mend(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    knowledge_base(connection, 5)
+    advance(dsn, "VERIFIED")
+    follower = Follower(settings(dsn), oid_of(connection))
+
+    def rejected() -> Any:
+        raise KeyRejected
+
+    follower._models = (one(connection, "SELECT fingerprint FROM revector.migrations"), {1: rejected, 2: rejected})
+    with pytest.raises(KeyRejected):
+        follower.run()
+    assert one(connection, "SELECT count(*) FROM revector.heartbeats") == 0
+
+
+def test_vectors_of_the_wrong_model_raise_an_alarm_and_are_replaced(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both models have 16 dimensions: no error stops an old version that writes the bare table after the cutover."""
+    new = same_dimension(monkeypatch)
+    knowledge_base(connection, 20)
+    advance(dsn, "VERIFIED", Request(from_=OLD, to=new))
+    with steering(dsn) as migration:
+        migration.cutover(without_follower=True, bare_writers_stopped=True)
+    sides = {"embedding": new, "embedding_g1": OLD}
+    insert = "INSERT INTO kb (id, content, embedding) VALUES (%s, %s, %s)"
+    connection.execute(insert, (100, "by the new version", vector(new, "by the new version")))
+    fill(dsn, connection)
+    assert one(connection, "SELECT count(*) FROM revector.events WHERE step = 'alarm'") == 0, "a false alarm"
+    for number in (101, 102):
+        connection.execute(insert, (number, f"by the old {number}", vector(OLD, f"by the old {number}")))
+    connection.execute(insert, (103, "by a third", vector(OLD, "of something else altogether")))
+    connection.execute(insert, (104, "by the new", vector(new, "by the new")))
+    fill(dsn, connection)
+    fill(dsn, connection)
+    told = one(connection, "SELECT array_agg(figures ORDER BY id) FROM revector.events WHERE step = 'alarm'")
+    assert told == [{"model": new, "rows": 3, "written_by": OLD}]
+    assert_exact(connection, "kb", "content", sides, at_least=25)
+    with steering(dsn) as migration:
+        (alert,) = migration.status().alerts
+    assert alert.kind == "wrong_model" and alert.what.startswith(
+        f"3 rows came with vectors of {OLD} in place of {new}, "
+    )
+
+
+class Salted(Hashing):
+    """Another model of the same dimension."""
+
+    def encode(self, texts: Sequence[str], prompt: str, kind: str) -> NDArray[np.float32]:
+        return super().encode([f"salt {' salt '.join(text.split())}" for text in texts], prompt, kind)
+
+
+def same_dimension(monkeypatch: pytest.MonkeyPatch) -> str:
+    original = Embedder._make
+
+    def make(self: Embedder) -> Any:
+        return Salted(16) if self.spec == "openai:salted" else original(self)
+
+    monkeypatch.setattr(Embedder, "_make", make)
+    embedder.cache_clear()
+    return "openai:salted"
