@@ -89,6 +89,8 @@ def test_json_is_alone_on_stdout(dsn: str, connection: psycopg.Connection[Any]) 
         "next": "revector cutover kb",
         "closing": None,
         "backup": None,
+        "alerts": [],
+        "vigil": [],
     }
     every = command(dsn, "status", "--json").exits(0).json
     assert every["format"] == 1 and [t["table"] for t in every["tables"]] == ["kb"]

@@ -41,6 +41,7 @@ from revector.embed.hashing import Hashing
 from revector.embedded import Server
 from revector.errors import KeyRejected, Outage
 from revector.follow import Follower
+from revector.migration import Alert
 from revector.work import Health, Observation
 
 ALL = {"embedding": NEW, "embedding_g1": OLD}
@@ -62,6 +63,7 @@ def edit(connection: psycopg.Connection[Any], number: int) -> None:
     connection.execute("UPDATE kb SET content = content || ' edited' WHERE id = %s", (number,))
 
 
+@pytest.mark.roads
 def test_it_comes_back_after_the_server_was_restarted(server: Server) -> None:
     """An immediate restart, and every one of its sessions cut: in both cases the follower goes on by itself."""
     with connected(server.dsn) as connection:
@@ -91,6 +93,7 @@ def test_it_comes_back_after_the_server_was_restarted(server: Server) -> None:
     assert "Traceback" not in answer.err and answer.out.startswith("following ended; ")
 
 
+@pytest.mark.roads
 def test_a_standby_takes_over_when_the_active_one_is_killed(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """The lock is the server's: it is free the moment that the holder's connection is gone."""
     knowledge_base(connection, 20)
@@ -120,7 +123,7 @@ def test_a_standby_takes_over_when_the_active_one_is_killed(dsn: str, connection
 def test_status_is_red_while_nobody_fills_what_search_misses(dsn: str, connection: psycopg.Connection[Any]) -> None:
     knowledge_base(connection, 20)
     advance(dsn, "CUT_OVER")
-    command(dsn, "status", "kb", "--check").exits(0)
+    assert not alerts(dsn)
     connection.execute("UPDATE kb SET content = 'new' WHERE id < 3")
     told = command(dsn, "status", "kb", "--json").exits(0).json
     assert told["alerts"] == [
@@ -138,11 +141,17 @@ def test_status_is_red_while_nobody_fills_what_search_misses(dsn: str, connectio
         until(lambda: fresh(connection, 1))
         told = command(dsn, "status", "kb", "--check", "--json").exits(0).json
         assert told["alerts"] == [] and told["vigil"][0]["active"] and told["vigil"][0]["pid"] == os.getpid()
-        connection.execute(
-            "UPDATE revector.heartbeats SET oldest = 61, filled = 7, at = clock_timestamp() + interval '9 s'"
-        )
-        late = command(dsn, "status", "kb", "--json").exits(0).json["alerts"]
-        assert not late or late[0]["kind"] == "follower_late"
+    connection.execute(
+        "INSERT INTO revector.heartbeats (worker, table_oid, kind, active, pid, host, oldest)"
+        " VALUES (gen_random_uuid(), 'kb'::regclass, 'follower', true, 7, 'here', 61)"
+    )
+    (late,) = alerts(dsn)
+    assert late.kind == "follower_late" and late.next == "look at the follower's log on here (process 7)"
+
+
+def alerts(dsn: str) -> Sequence[Alert]:
+    with steering(dsn) as migration:
+        return migration.status().alerts
 
 
 def an_idle_poll(dsn: str, connection: psycopg.Connection[Any]) -> list[tuple[str, str, Any]]:
@@ -152,7 +161,7 @@ def an_idle_poll(dsn: str, connection: psycopg.Connection[Any]) -> list[tuple[st
 
     def spy(self: Session, statement: Any, params: Any) -> Any:
         name = self.connection.info.get_parameters()["application_name"]
-        if "follower" in name:
+        if name.startswith("revector ") and name != "revector heartbeat":
             sent.append((name, statement if isinstance(statement, str) else statement.as_string(None), params))
         return original(self, statement, params)
 
@@ -210,8 +219,8 @@ def buffers(part: dict[str, int]) -> int:
 def test_a_committed_row_is_searchable_by_the_other_version_within_two_seconds(
     dsn: str, connection: psycopg.Connection[Any]
 ) -> None:
-    """50 writes a second for 4 s, by both versions in turn: from the commit to both vectors being there."""
-    knowledge_base(connection, 400)
+    """50 writes a second for 2 s, by both versions in turn: from the commit to both vectors being there."""
+    knowledge_base(connection, 120)
     advance(dsn, "CUT_OVER")
     committed: dict[int, float] = {}
     waited: dict[int, float] = {}
@@ -235,7 +244,7 @@ def test_a_committed_row_is_searchable_by_the_other_version_within_two_seconds(
         watcher = threading.Thread(target=watch)
         watcher.start()
         began = time.monotonic()
-        for n in range(200):
+        for n in range(100):
             time.sleep(max(0.0, began + n / 50 - time.monotonic()))
             text = f"written at {n}"
             if n % 2:
@@ -250,11 +259,11 @@ def test_a_committed_row_is_searchable_by_the_other_version_within_two_seconds(
                 committed[n] = time.monotonic()
         done.set()
         watcher.join()
-    assert len(waited) == 200
+    assert len(waited) == 100
     times = sorted(waited.values())
-    print(f"p50 {statistics.median(times):.2f} s, p99 {times[197]:.2f} s, max {times[-1]:.2f} s")
+    print(f"p50 {statistics.median(times):.2f} s, max {times[-1]:.2f} s")
     assert times[-1] < 2
-    assert_exact(connection, "kb", "content", ALL, at_least=500)
+    assert_exact(connection, "kb", "content", ALL, at_least=170)
 
 
 def test_a_failing_model_does_not_keep_the_other_ones_rows(dsn: str, connection: psycopg.Connection[Any]) -> None:
