@@ -648,9 +648,9 @@ def follow(
     table: Table,
     once: Annotated[bool, typer.Option("--once", help="Fill what is pending now, and end.")] = False,
     health_every: Annotated[
-        float,
+        int,
         typer.Option("--health-every", min=1, metavar="SECONDS", help="Between two health lines. Default: 60."),
-    ] = 60.0,
+    ] = 60,
     verbose: Verbose = False,
 ) -> None:
     """Keep both models' vectors fresh while rows are written.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from revector.terminal import Meter, Terminal
-from revector.work import Effect, Note, Phase, Progress, Recorded
+from revector.work import Effect, Health, Note, Phase, Progress, Recorded
 
 
 class Clock:
@@ -50,7 +50,10 @@ def test_following_for_days_says_little(clock: Clock) -> None:
         for second in range(0, 130, 5):
             clock.now = float(second)
             terminal(Progress("follow", second, second, "rows filled"))
-    assert out.getvalue() == "  follow: 60 rows filled\n  follow: 120 rows filled\n"
+        terminal(Health("trouble", 120, 3, 44.4, 1, "the model is out"))
+    assert out.getvalue() == (
+        "  health: trouble: the model is out; 120 rows filled, 3 pending, oldest 44 s, 1 texts refused\n"
+    )
 
 
 def test_steps_are_shown_when_asked_for() -> None:
