@@ -251,7 +251,10 @@ class Follower:
         at, before, why = self._told
         if (before, why) == (state, self.trouble) and time.monotonic() - at < self.health_every:
             return
-        pending = sum(filler.pending(number, _MANY) for number in filler.numbers) if counted else None
+        try:
+            pending = sum(filler.pending(number, _MANY) for number in filler.numbers) if counted else None
+        except (pg.UndefinedColumn, pg.UndefinedTable):
+            return  # a swap came between; the next turn tells
         failures = sum(len(filler.work.ledger.failures(number)) for number in filler.numbers)
         self._told = (time.monotonic(), state, self.trouble)
         self.observe(Health(state, self.filled, pending, self.oldest, failures, self.trouble))
