@@ -106,7 +106,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-START, FORWARD, BACK, LOOK, REMOVE = "Start", "Forward", "Back", "Look", "Remove"
+START, FORWARD, STEER, BACK, LOOK, REMOVE = "Start", "Forward", "Steer what is running", "Back", "Look", "Remove"
 PAUSE = "The short locks"
 MODELS, INDEX, CONSENTS, CUTOVER, MONEY = (
     "Models and columns",
@@ -302,6 +302,16 @@ AllowPending = Annotated[
         metavar="N",
         rich_help_panel=CUTOVER,
         help="Rows that may be written between catch-up and swap. Default: 1000.",
+    ),
+]
+MaxRows = Annotated[
+    float | None,
+    typer.Option(
+        "--max-rows-per-second",
+        min=0.01,
+        metavar="N",
+        show_default=False,
+        help="Write no faster; tune changes it while this works. Default: no limit.",
     ),
 ]
 Follow = Annotated[
@@ -582,6 +592,7 @@ def run(
     accept_triggers: AcceptTriggers = False,
     include_null: IncludeNull = False,
     allow_failed: AllowFailed = 0,
+    max_rows_per_second: MaxRows = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan, as the command plan does.")] = False,
     cutover: Annotated[
         bool,
@@ -639,6 +650,7 @@ def run(
             allow_pending=allow_pending,
             limits=limits,
             when=when,
+            tuning=_given(max_rows_per_second=max_rows_per_second),
         )
         _done(migration, terminal, done, began, follow=follow)
 
@@ -651,6 +663,7 @@ def follow(
         int,
         typer.Option("--health-every", min=1, metavar="SECONDS", help="Between two health lines. Default: 60."),
     ] = 60,
+    max_rows_per_second: MaxRows = None,
     verbose: Verbose = False,
 ) -> None:
     """Keep both models' vectors fresh while rows are written.
@@ -668,6 +681,8 @@ def follow(
     with _terminal(verbose) as terminal:
         with Migration.open(settings, table=table, observe=terminal, stop=_stop, steer=False) as migration:
             _check_followable(migration)
+            if given := _given(max_rows_per_second=max_rows_per_second):
+                migration.tune(given)
             oid = migration.oid
         _stop.gentle = True
         follower = Follower(settings, oid, observe=terminal, stop=_stop, health_every=health_every)
@@ -858,6 +873,77 @@ def restore(
 
 
 # -- look --------------------------------------------------------------------------------------------------------------
+
+
+# -- steer what is running -----------------------------------------------------------------------------------------------
+
+
+@app.command(cls=_Command, rich_help_panel=STEER)
+def pause(table: Table, verbose: Verbose = False) -> None:
+    """Let the backfill wait, from another terminal.
+
+    Changes: run stops writing and embedding within two seconds, holds no transaction, and waits for resume; so does a
+    follower before SERVED. From SERVED on there is nothing to pause: without the follower, rows that are written would
+    vanish from search.
+
+    Example: revector pause knowledge_base
+    """
+    with _looking(table, verbose) as (migration, terminal):
+        terminal.say(report.steered(table, migration.pause()))
+
+
+@app.command(cls=_Command, rich_help_panel=STEER)
+def resume(table: Table, verbose: Verbose = False) -> None:
+    """Lift the pause.
+
+    Changes: a run that waits goes on within two seconds. It starts no work of its own.
+
+    Example: revector resume knowledge_base
+    """
+    with _looking(table, verbose) as (migration, terminal):
+        terminal.say(report.steered(table, migration.resume()))
+
+
+@app.command(cls=_Command, rich_help_panel=STEER)
+def tune(
+    table: Table,
+    max_rows_per_second: Annotated[
+        str | None,
+        typer.Option(
+            "--max-rows-per-second",
+            metavar="N",
+            show_default=False,
+            help="Rows that run, and the follower, each write; none: no limit.",
+        ),
+    ] = None,
+    batch_size: BatchSize = None,
+    max_lag: Annotated[
+        str | None,
+        typer.Option(
+            "--max-lag",
+            metavar="SECONDS",
+            show_default=False,
+            help="How late a standby may be before run waits; none: do not look. Default: 10.",
+        ),
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Change the limits of a migration, also while it works.
+
+    Changes: what is remembered of the migration; a run or follower acts on it within two seconds.
+
+    Example: revector tune knowledge_base --max-rows-per-second 200
+    """
+    changes: dict[str, float | None] = {}
+    for name, given in (("max_rows_per_second", max_rows_per_second), ("max_lag", max_lag)):
+        if given is not None:
+            changes[name] = _limit(name, given)
+    if max_lag is not None and changes["max_lag"] is None:
+        changes["max_lag"] = 0.0
+    if not changes and batch_size is None:
+        raise UsageError("tune: nothing to change was given", hint="revector tune --help")
+    with _looking(table, verbose) as (migration, terminal):
+        terminal.say(report.steered(table, migration.tune(changes, batch_size=batch_size)))
 
 
 @app.command(cls=_Command, rich_help_panel=LOOK)
@@ -1078,6 +1164,37 @@ def _steering(table: str, verbose: bool) -> Iterator[tuple[Migration, Terminal]]
                 with suppress(Exception):  # the server may be away, and the first error is the one that counts
                     error.why = f"{error.why} {standing(Database(settings), migration.oid)}".strip()
                 raise
+
+
+@contextmanager
+def _looking(table: str, verbose: bool) -> Iterator[tuple[Migration, Terminal]]:
+    """The table's migration without its lock, which a running command holds."""
+    from revector.migration import Migration
+
+    with (
+        _terminal(verbose) as terminal,
+        Migration.open(_settings(), table=table, observe=terminal, steer=False) as migration,
+    ):
+        yield migration, terminal
+
+
+def _given(**options: float | None) -> dict[str, float | None]:
+    """Limits that the command line names."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _limit(name: str, given: str) -> float | None:
+    """A positive number, or None for the word none."""
+    if given.strip().lower() == "none":
+        return None
+    try:
+        value = float(given)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        flag = "--" + name.replace("_", "-")
+        raise UsageError(f"{flag} {given}: a number above 0, or none", hint=f"{flag} 200, or {flag} none")
+    return value
 
 
 def _done(migration: Migration, terminal: Terminal, done: Result, began: float, *, follow: bool = False) -> None:

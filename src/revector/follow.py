@@ -25,6 +25,7 @@ from revector.errors import Closing, Interrupted, Refused, Resumable, RevectorEr
 from revector.ledger import Ledger, MigrationRow, Stage
 from revector.phases.backfill import Filler
 from revector.settings import Settings
+from revector.throttle import Throttle
 from revector.work import Health, Note, Observer, Progress, Work, checked_models
 
 #: Seconds between two looks at the pending indexes, between two heartbeats, and between two health lines.
@@ -116,7 +117,7 @@ class Follower:
             if work is None:
                 return 0
             row, ready = work
-            with Filler(ready, managed(row)) as filler:
+            with Filler(ready, managed(row), paced=True) as filler:
                 for last in (False, False, True):
                     try:
                         filler.drain()
@@ -148,8 +149,9 @@ class Follower:
             ledger_on=ledger_on,
             models=self._models[1],
             observe=self.observe,
-            stop=self.stop,
+            stop=self._still,
             batch_size=row.batch_size,
+            throttle=Throttle(row.limits),
         )
 
     def _session(self) -> bool:
@@ -168,6 +170,7 @@ class Follower:
             try:
                 while not self.stop():
                     row = ledger.latest() or row
+                    work.throttle.tuning, work.batch_size = row.limits, row.batch_size
                     if managed(row) != numbers:
                         if not managed(row):
                             self.observe(Note("the migration is closed, or being closed: following ends"))
@@ -175,7 +178,7 @@ class Follower:
                         numbers = managed(row)
                         if filler is not None:
                             filler.close()
-                        filler = Filler(work, numbers, enduring=True)
+                        filler = Filler(work, numbers, enduring=True, paced=True)
                         # Who is counted on must be able to embed, not only to wait.
                         filler.prove()
                     assert filler is not None
@@ -227,6 +230,11 @@ class Follower:
             return filler.walk()
         except (pg.UndefinedColumn, pg.UndefinedTable, Closing):
             return 0
+
+    def _still(self) -> bool:
+        """Whether to stop; who asks is not stuck, however long a batch or a wait takes."""
+        self._turned = time.monotonic()
+        return self.stop()
 
     def _seen(self, filler: Filler) -> None:
         """Note how it stands after a look. Raises when nothing can be filled, and no waiting will mend that."""

@@ -18,6 +18,7 @@ from revector.db import Session, block
 from revector.embed.spec import Identity
 from revector.errors import Refused
 from revector.plan import Plan, TargetIndex
+from revector.throttle import Tuning
 
 #: The ledger version that this program writes. Version n is reached by the block `upgrade_to_<n>` of ledger.sql.
 VERSION: Final = 2
@@ -102,6 +103,7 @@ class MigrationRow:
     batch_size: int
     verified: dict[str, Any] | None
     facts: dict[str, Any]
+    limits: Tuning
     opened: datetime
     changed: datetime
 
@@ -237,7 +239,8 @@ class Ledger:
             return None
         row = rows[0]
         self.migration = row.id
-        return MigrationRow(**{**row._asdict(), "plan": Plan.from_json(row.plan), "stage": Stage(row.stage)})
+        told = {"plan": Plan.from_json(row.plan), "stage": Stage(row.stage), "limits": Tuning.from_json(row.limits)}
+        return MigrationRow(**{**row._asdict(), **told})
 
     def next_number(self) -> int:
         """The number of the next generation."""
@@ -307,6 +310,19 @@ class Ledger:
     def settle(self, plan: Plan, batch_size: int) -> None:
         """Record consents given later, and the batch size."""
         self._run("settle", migration=self.migration, plan=Jsonb(plan.to_json()), batch_size=batch_size)
+
+    def tune(self, step: str, limits: dict[str, Any], batch_size: int | None = None) -> None:
+        """Set limits, forget those given as None, and say so in the events; workers read it within a second."""
+        with self.session.transaction():
+            self.session.execute(
+                block("throttle", "tune"), migration=self.migration, limits=Jsonb(limits), batch_size=batch_size
+            )
+            self.event(step, limits | ({"batch_size": batch_size} if batch_size else {}))
+
+    def hot(self) -> tuple[int, int]:
+        """(rows, HOT updates among them) of the windows that are done."""
+        row = self._rows("hot", migration=self.migration)[0]
+        return row.written, row.hot
 
     def remember(self, **facts: object) -> None:
         """Keep facts that later steps need."""

@@ -110,7 +110,7 @@ VALUES (%(table)s::oid, %(plan)s, %(fingerprint)s, 'PLANNED', %(batch_size)s) RE
 -- name: opened
 -- The open migration of a table, else its last one.
 -- lock: none
-SELECT id, table_oid, plan, fingerprint, stage, closing, batch_size, verified, facts, opened, changed
+SELECT id, table_oid, plan, fingerprint, stage, closing, batch_size, verified, facts, limits, opened, changed
   FROM revector.migrations WHERE table_oid = %(table)s::oid ORDER BY id DESC LIMIT 1;
 
 -- name: all_open
@@ -193,6 +193,12 @@ ON CONFLICT DO NOTHING;
 -- The leaves that a sweep has cut into windows.
 -- lock: none
 SELECT DISTINCT relation FROM revector.windows WHERE migration = %(migration)s AND sweep = %(sweep)s;
+
+-- name: hot
+-- Rows that the backfill has written, and how many of these updates were HOT.
+-- lock: none
+SELECT coalesce(sum(written), 0)::bigint AS written, coalesce(sum(hot), 0)::bigint AS hot FROM revector.windows
+ WHERE migration = %(migration)s;
 
 -- name: lease
 -- Take the next window that nobody holds, or whose holder has not been heard of for 30 s.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
@@ -39,6 +39,7 @@ from revector.plan import (
 )
 from revector.settings import Settings
 from revector.survey import check_vector, survey
+from revector.throttle import NO_TUNING, Throttle, Tuning
 from revector.work import STEPS, Effect, Note, Observer, Outcome, Phase, Recorded, Work, checked_models
 
 __all__ = ["STEPS", "Migration", "Preview", "Result", "Status"]
@@ -137,6 +138,10 @@ class Status:
     next: str
     #: (name, bytes, seconds since it was made) of the backup table.
     backup: tuple[str, int, float] | None = None
+    #: What `pause` and `tune` have set.
+    tuning: Tuning = NO_TUNING
+    #: (rows, share of HOT updates, share that the plan expected) of what the backfill has written.
+    written: tuple[int, float, float | None] | None = None
     #: The followers that live.
     vigil: tuple[Vigil, ...] = ()
     #: What is wrong now; a monitor shows red when there is any.
@@ -171,6 +176,10 @@ class Status:
                 {"host": f.host, "pid": f.pid, "active": f.active, "filled": f.filled, "oldest_s": round(f.oldest),
                  "trouble": f.trouble} for f in self.vigil
             ],
+            "tuning": {"paused": self.tuning.paused, **self.tuning.to_json()},
+            "backfill": None
+            if self.written is None
+            else dict(zip(("rows", "hot_share", "hot_expected"), self.written, strict=True)),
         }  # fmt: skip
 
 
@@ -359,10 +368,12 @@ class Migration:
         allow_pending: int = 1000,
         limits: PauseLimits = DEFAULT_LIMITS,
         when: Moment = AT_ONCE,
+        tuning: Mapping[str, float | None] | None = None,
     ) -> Result:
         """Preconditions, backup if asked, expand, backfill, index, verify; resumes where an earlier run stopped.
 
-        `to` and `from_` are short for a `Request` of these two; `observe` hears of this table's steps from now on.
+        `to` and `from_` are short for a `Request` of these two; `observe` hears of this table's steps from now on;
+        `tuning` is what `tune` would change, in force from the first write.
         Raises `Refused` with every blocker, `GateFailed`, or a `Resumable` error; none of them changes what readers see.
         """
         request = _asked(request, to, from_)
@@ -370,11 +381,14 @@ class Migration:
         with translated(self._command("run")):
             self.observe(Phase(1, len(_PHASES), _PHASES[0]))
             row = self._opened(request)
+            if tuning:
+                row = self._tuned("tuned", row, tuning)
             if cutover:
                 # Checked first: nobody wants to learn after hours that the last step cannot be taken.
                 self._check_follower(row, follow=follow, without_follower=without_follower)
                 self._check_same_dimension(row, bare_writers_stopped, "cutover")
             work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending, limits=limits)
+            work.catch_up = lambda numbers: backfill.catch_up(work, numbers, paced=True)
             outcome = self._phases(row, work)
         if cutover:
             return self.cutover(
@@ -488,6 +502,50 @@ class Migration:
         """Give up: drop the candidate; the table is as it was."""
         return self._close("abort", limits=limits)
 
+    # -- steer what is running; none of these takes the table's `steer` lock ------------------------------------------
+
+    def pause(self) -> MigrationRow:
+        """Let the backfill wait, with no transaction open, until `resume`. Raises `Refused` from SERVED on."""
+        with translated(self._command("pause")):
+            row = self._steerable("pause")
+            if row.stage in (Stage.SERVED, Stage.CUT_OVER):
+                raise Refused(
+                    f"{self.name}: there is no backfill to pause at {row.stage}",
+                    why="The follower goes on: without it, rows that are written now would vanish from search."
+                    " Nothing was changed.",
+                    hint=f"slow it down: revector tune {self.argument} --max-rows-per-second N",
+                )
+            return self._tuned("paused", row, {"paused": True})
+
+    def resume(self) -> MigrationRow:
+        """Lift the pause; starts no work."""
+        with translated(self._command("resume")):
+            return self._tuned("resumed", self._steerable("resume"), {"paused": None})
+
+    def tune(self, changes: Mapping[str, float | None], *, batch_size: int | None = None) -> MigrationRow:
+        """Change fields of `Tuning` (None: no limit) and the batch size; workers act on it within a second or two.
+
+        Raises `UsageError` when the changes do not fit the migration.
+        """
+        with translated(self._command("tune")):
+            return self._tuned("tuned", self._steerable("tune"), changes, batch_size)
+
+    def _steerable(self, command: str) -> MigrationRow:
+        row = self.latest()
+        if row is None or row.stage.closed:
+            raise Refused(
+                f"{self.name}: no migration is open, so there is nothing to {command}",
+                why="Nothing was changed.",
+                hint=self._command("status"),
+            )
+        return row
+
+    def _tuned(
+        self, step: str, row: MigrationRow, changes: Mapping[str, float | None], batch_size: int | None = None
+    ) -> MigrationRow:
+        self.ledger.tune(step, dict(changes), batch_size)
+        return self.latest() or row
+
     # -- the parts ----------------------------------------------------------------------------------------------------
 
     def _opened(self, request: Request) -> MigrationRow:
@@ -513,6 +571,7 @@ class Migration:
         self.observe(Effect("plan"))
         ledgers.ensure(self.control)
         row = self.ledger.open(made.plan, request.batch_size or DEFAULT_BATCH, rate=facts.measured.rate)
+        self.ledger.remember(hot_share=round(estimate(made.plan, facts).hot_share, 3))
         self.observe(Recorded("plan", {"fingerprint": row.fingerprint}))
         return row
 
@@ -872,6 +931,7 @@ class Migration:
             observe=self.observe,
             stop=self.stop,
             batch_size=row.batch_size,
+            throttle=Throttle(row.limits),
             rate=float(row.facts.get("rate", 100.0)),
             allow_failed=allow_failed,
             allow_pending=allow_pending,
@@ -984,9 +1044,16 @@ class Migration:
             followers,
             f"revector {following} {self.argument}",
             saved,
+            row.limits,
+            self._written(row),
             tuple(vigil := self.ledger.vigil()),
             self._alerts(row, [s for s in (live, second) if s is not None], vigil) if guarded else (),
         )
+
+    def _written(self, row: MigrationRow) -> tuple[int, float, float | None] | None:
+        rows, hot = self.ledger.hot()
+        expected = row.facts.get("hot_share")
+        return (rows, round(hot / rows, 3), expected) if rows else None
 
     def _alerts(self, row: MigrationRow, sides: Sequence[Side], vigil: Sequence[Vigil]) -> tuple[Alert, ...]:
         """What is wrong where two generations are to be kept fresh."""

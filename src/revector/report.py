@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from revector.errors import RevectorError
     from revector.knowledge_base import Loaded, Registered
-    from revector.ledger import Event
+    from revector.ledger import Event, MigrationRow
     from revector.maintenance import Versions
     from revector.migration import Missing, Preview, Result, Side, Status
     from revector.plan import Finding, Request, TargetIndex
     from revector.search import SearchResult
+    from revector.throttle import Tuning
 
 #: What fits a terminal that nobody has widened.
 WIDTH: Final = 80
@@ -378,6 +379,14 @@ def status(now: Status) -> str:
     rows.append(("rows", f"{now.rows:,}" + (f" ({', '.join(odd)})" if odd else "")))
     if now.other is not None:
         rows.append(("followers", _followers(now)))
+    if now.written is not None:
+        written, share, expected = now.written
+        hoped = "" if expected is None else f", {expected:.0%} expected"
+        rows.append(("backfill", f"{written:,} rows written, {share:.0%} of the updates HOT{hoped}"))
+    if told := tuning(now.tuning):
+        rows.append(("limits", told))
+    if now.tuning.paused and str(now.stage) not in ("SERVED", "CUT_OVER"):
+        rows.append(("paused", f"nothing is written until: revector resume {shlex.quote(now.table)}"))
     if now.backup is not None:
         name, bytes_, age = now.backup
         rows.append(("backup", f"{name}, {size(bytes_)}, made {duration(age)} ago"))
@@ -397,6 +406,33 @@ def _followers(now: Status) -> str:
     ]
     parts += [f"{standing} standing by"] * bool(standing)
     return "; ".join(parts)
+
+
+def tuning(limits: Tuning) -> str:
+    """The limits that are set, in one line; empty when there are none."""
+    told = (
+        ("{:,g} rows/s", limits.max_rows_per_second),
+        ("standbys may be {:g} s late", limits.max_lag or None),
+        ("standbys are not looked at", 0 if limits.max_lag == 0 else None),
+        ("{:,} tokens/min", limits.tokens_per_minute),
+        ("{:,} requests/min", limits.requests_per_minute),
+        ("{:,g} for a million tokens", limits.price),
+        ("{:,.2f} in all", limits.max_cost),
+    )
+    return ", ".join(words.format(value) for words, value in told if value is not None)
+
+
+def steered(table: str, row: MigrationRow) -> str:
+    """What pause, resume or tune has left in force."""
+    name = shlex.quote(table)
+    state = "paused" if row.limits.paused else "not paused"
+    lines = [f"{table}: {state}; {tuning(row.limits) or 'no limits'}; batch size {row.batch_size}"]
+    if row.limits.paused:
+        lines += ["  run waits within two seconds, with no transaction open", f"next: revector resume {name}"]
+    else:
+        lines += ["  a command that is running follows within two seconds; this one starts no work"]
+        lines += [f"next: revector status {name}"]
+    return "\n".join(lines)
 
 
 def _side(side: Side, width: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ from revector.errors import Interrupted
 from revector.partitions import Leaf, leaves
 from revector.plan import Generation, Plan
 from revector.settings import Settings
+from revector.throttle import Throttle
 
 #: Every step that changes something, in order. Each ends with its row in the ledger; a kill test stands for each.
 STEPS: Final = (
@@ -196,6 +197,8 @@ class Work:
     allow_pending: int = 1000
     #: What each short lock may cost the application.
     limits: PauseLimits = DEFAULT_LIMITS
+    #: Asked before each write of the backfill and of the follower.
+    throttle: Throttle = field(default_factory=Throttle)
 
     @property
     def table(self) -> sql.Identifier:

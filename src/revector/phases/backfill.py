@@ -29,6 +29,7 @@ from revector.embed import Embedder
 from revector.errors import Closing, GateFailed, Interrupted, PauseBudgetMissed, Refused, RevectorError
 from revector.partitions import Detached, Leaf
 from revector.plan import Generation, Plan, cut_name, hot_share
+from revector.throttle import PAUSED, Watch
 from revector.work import Effect, Outcome, Progress, Recorded, Work
 
 #: A window holds about this much encoding, so that a kill costs little paid work ...
@@ -109,7 +110,7 @@ def run(work: Work) -> Outcome:
     """Sweep the table up to three times; BACKFILLED is proven when a sweep has seen every block."""
     plan, began = work.plan, time.monotonic()
     total = work.control.value(block("phases/backfill", "pending_count", **_parts(work, plan.new)))
-    figures: dict[str, Any] = {"rows": 0, "hot": 0, "encode_s": 0.0, "refused": 0}
+    figures: dict[str, Any] = {"rows": 0, "hot": 0, "hot_expected": 0.0, "encode_s": 0.0, "refused": 0}
     if total:
         embedder = work.models[plan.new.number]()
         work.ledger.release_leases()
@@ -121,7 +122,11 @@ def run(work: Work) -> Outcome:
             with work.step("backfill.sweep") as told:
                 told |= {"sweep": sweep, **_Sweep(work, sweep, embedder, total, figures).run()}
     elapsed = time.monotonic() - began
+    rows = max(figures["rows"], 1)
     figures |= {
+        "hot_share": round(figures["hot"] / rows, 3),
+        "hot_expected": round(figures["hot_expected"] / rows, 3),
+        "throttled_s": work.throttle.figures(),
         "seconds": round(elapsed, 3),
         "encoder_busy": round(figures["encode_s"] / elapsed, 3) if elapsed else 0.0,
     }
@@ -137,8 +142,9 @@ def run(work: Work) -> Outcome:
         )
     with work.step("backfill", stage="BACKFILLED") as told:
         told |= figures
-    hot = f", {100 * figures['hot'] / figures['rows']:.0f} % HOT" if figures["rows"] else ""
-    return Outcome(f"{figures['rows']:,} rows embedded in {elapsed:,.1f} s{hot}", figures)
+    hot = f", {figures['hot_share']:.0%} HOT of {figures['hot_expected']:.0%} expected" if figures["rows"] else ""
+    waited = "".join(f", {seconds:,.1f} s held back by {reason}" for reason, seconds in figures["throttled_s"].items())
+    return Outcome(f"{figures['rows']:,} rows embedded in {elapsed:,.1f} s{hot}{waited}", figures)
 
 
 def statements(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
@@ -205,13 +211,16 @@ class _Sweep:
         self.failed: RevectorError | None = None
         #: Leaf OID -> the share of HOT updates that its rows' shape allows.
         self.expected: dict[int, float] = {}
+        self.watch = watch(work)
+        #: Why nothing moves at present, as it was last told.
+        self._told = ""
         self.to_encode: queue.Queue[_Window | None] = queue.Queue(1)
         self.to_write: queue.Queue[_Window | None] = queue.Queue(1)
 
     def run(self) -> dict[str, Any]:
         """The sweep's figures. Raises what any of its threads raised first."""
         before = dict(self.figures)
-        with ThreadPoolExecutor(3, "revector") as pool:
+        with self.watch.watching(), ThreadPoolExecutor(3, "revector") as pool:
             threads = [pool.submit(self._guarded, target) for target in (self._read, self._write, self._beat)]
             try:
                 self._guarded(self._encode)
@@ -232,6 +241,9 @@ class _Sweep:
         except BaseException:
             self.halt.set()
             raise
+
+    def _asked_to_stop(self) -> bool:
+        return self.work.stop() or self.halt.is_set()
 
     def _put(self, to: queue.Queue[_Window | None], item: _Window | None) -> None:
         while not self.halt.is_set() and (to is self.to_write or self.failed is None):
@@ -296,7 +308,8 @@ class _Sweep:
         size = work.batch_size * _BATCHES_AT_ONCE
         complete = True
         for start in range(0, len(order), size):
-            if work.stop() or self.halt.is_set():
+            # A pause stops the encoder too: what it makes costs money, and waits in memory.
+            if not work.throttle.hold(self._asked_to_stop, self._tell, only_pause=True) or self._asked_to_stop():
                 complete = False
                 break
             chosen = order[start : start + size]
@@ -317,6 +330,7 @@ class _Sweep:
         work, plan = self.work, self.work.plan
         gap, told_of_snapshot = 0.0, False
         with writer(work, enable_nestloop="off") as session:
+            self.watch.pids.add(session.pid)
             ledger = work.ledger_on(session)
             while (window := self._get(self.to_write)) is not None:
                 have = (
@@ -324,12 +338,15 @@ class _Sweep:
                 )
                 stage_rows(session, plan, window.rows, have, new=window.vectors)
                 written = hot = 0
-                for place in np.unique(window.rows.places[have]).tolist():
+                for place, lo, hi in self._writes(window, have):
                     try:
-                        rows, share = self._write_place(session, window, place)
+                        rows, share = self._write_place(session, window, place, lo, hi)
                     except Detached:
                         break
+                    work.throttle.wrote(rows)
                     written, hot = written + rows, hot + share
+                    self.figures["rows"] += rows
+                    self._progress("backfill")
                     if gap:
                         time.sleep(gap)
                 gap = self._next_gap(session, window.leaf, gap, hot / written if written else 1.0)
@@ -337,20 +354,53 @@ class _Sweep:
                     told_of_snapshot = True
                     holder = session.value(block("phases/backfill", "in_the_way"))
                     work.note(f"few updates are HOT; in the way: {holder or 'no snapshot that this role can see'}")
-                self.figures["rows"] += written
                 self.figures["hot"] += hot
+                self.figures["hot_expected"] += written * self.expected[window.leaf.oid]
                 work.observe(Effect("backfill.window"))
                 if window.complete:
                     ledger.window_done(self.sweep, window.leaf.oid, window.lo, written, hot)
                     work.observe(Recorded("backfill.window", {"lo": window.lo, "written": written, "hot": hot}))
-                work.observe(Progress("backfill", min(self.figures["rows"], self.total), self.total, "rows"))
+                self._progress("backfill")
 
-    def _write_place(self, session: Session, window: _Window, place: int) -> tuple[int, int]:
+    def _writes(self, window: _Window, have: NDArray[np.intp]) -> Iterator[tuple[int, int, int]]:
+        """What one statement after another writes: a line-pointer offset in the blocks lo..hi.
+
+        The throttle is asked before each, and says how many rows it may have. When we are asked to stop while it holds us
+        back, what is in hand is given up: it stays NULL, which is the queue.
+        """
+        for place in np.unique(window.rows.places[have]).tolist():
+            blocks = np.sort(window.rows.blocks[have][window.rows.places[have] == place])
+            first, lo = 0, window.lo
+            while first < len(blocks):
+                if not self.work.throttle.hold(self._asked_to_stop, self._tell):
+                    window.complete = False
+                    return
+                end = first + (self.work.throttle.most() or len(blocks))
+                hi = window.hi if end >= len(blocks) else int(blocks[end])
+                yield place, lo, hi
+                first, lo = end, hi
+
+    def _tell(self, reason: str) -> None:
+        """The progress line says why nothing moves."""
+        if reason == self._told:
+            return
+        self._told = reason
+        phase = f"backfill: {reason}" if reason else "backfill"
+        if reason == PAUSED:
+            self.work.note(f"paused; it goes on after: revector resume {self.work.plan.argument}")
+        elif reason:
+            self.work.note(f"held back by {reason}")
+        self._progress(phase)
+
+    def _progress(self, phase: str) -> None:
+        self.work.observe(Progress(phase, min(self.figures["rows"], self.total), self.total, "rows"))
+
+    def _write_place(self, session: Session, window: _Window, place: int, lo: int, hi: int) -> tuple[int, int]:
         parts = {"text": raw(self.work.plan.text_sql)}
         with entered(self.work, session, window.leaf) as at:
             column = at.columns[self.work.plan.new.number]
             statement = block("phases/backfill", "write_place", column=column, table=at.table, **parts)
-            rows = at.write(statement, place=place, lo=f"({window.lo},0)", hi=f"({window.hi},0)")
+            rows = at.write(statement, place=place, lo=f"({lo},0)", hi=f"({hi},0)")
             return rows, session.value(block("phases/backfill", "hot"), table=window.leaf.oid) - at.hot
 
     def _next_gap(self, session: Session, leaf: Leaf, gap: float, share: float) -> float:
@@ -378,6 +428,15 @@ def encode(
             f"{generation.model.model} gave vectors of shape {vectors.shape}, not {(len(texts), generation.model.dimension)}"
         )
     return vectors, refusals
+
+
+def watch(work: Work) -> Watch:
+    """What feeds the work's throttle; it also keeps the batch size as `tune` sets it."""
+
+    def batch_size(size: int) -> None:
+        work.batch_size = size
+
+    return Watch(work.database, work.throttle, work.ledger.migration, batch_size=batch_size, note=work.note)
 
 
 @contextmanager
@@ -557,8 +616,10 @@ class Trouble:
 class Filler:
     """Fills pending rows of the managed generations through their pending indexes: catch-up and follower share it."""
 
-    def __init__(self, work: Work, numbers: Sequence[int], *, enduring: bool = False) -> None:
+    def __init__(self, work: Work, numbers: Sequence[int], *, enduring: bool = False, paced: bool = False) -> None:
         self.work = work
+        #: Whether the throttle is asked before each write. A command that waits to swap or to close is in a hurry.
+        self.paced = paced
         #: The generations to fill: the new one before SERVED, both from then on.
         self.numbers = tuple(numbers)
         #: Whether a model that fails is left alone for a while, and the other one's rows are filled.
@@ -580,6 +641,11 @@ class Filler:
         #: Rows that came with a vector of the wrong model, and when such a sample was embedded last.
         self.alarms = 0
         self._sampled = float("-inf")
+        self.watch = watch(work)
+        self.watch.pids.add(self.session.pid)
+        self._watching = self.watch.watching()
+        if paced:
+            self._watching.__enter__()
 
     def __enter__(self) -> Filler:
         return self
@@ -589,6 +655,8 @@ class Filler:
 
     def close(self) -> None:
         """Close both sessions."""
+        if self.paced:
+            self._watching.__exit__(None, None, None)
         self.reader.close()
         self._writer.__exit__(None, None, None)
 
@@ -681,6 +749,7 @@ class Filler:
             found: dict[str, Any] = {}
             needed: dict[int, set[str]] = {}
             ends = []
+            limit = min(_FILL_LIMIT, (self.work.throttle.most() if self.paced else None) or _FILL_LIMIT)
             wanted = [number for number in numbers if number not in self.troubles or len(numbers) == 1]
             for number in wanted:
                 rows = self.reader.rows(
@@ -689,11 +758,11 @@ class Filler:
                     end=f"({end_block},0)",
                     migration=self.work.ledger.migration,
                     generation=number,
-                    limit=_FILL_LIMIT,
+                    limit=limit,
                 )
                 needed[number] = {r.tid for r in rows}
                 found |= {r.tid: r for r in rows}
-                if len(rows) == _FILL_LIMIT:
+                if len(rows) == limit:
                     ends.append(_place(rows[-1].tid))
             if not found:
                 return written
@@ -703,14 +772,25 @@ class Filler:
             now = time.monotonic()
             for key in [(leaf.oid, r.tid, r.hash) for r in batch]:
                 self._met[key] = self.seen.get(key, now)
+            # From SERVED on these rows are missing from search until they are filled.
+            urgent = self.work.plan.old.number in self.numbers
+            if self.paced and not self.work.throttle.hold(self.work.stop, self._tell, urgent=urgent):
+                return written
             try:
-                written += self._fill(leaf, batch, needed)
+                written += (count := self._fill(leaf, batch, needed))
             except Detached:
                 return written
+            self.work.throttle.wrote(count)
             if end is None or all(number in self.troubles for number in numbers):
                 return written
             after = f"({end[0]},{end[1]})"
         return written
+
+    def _tell(self, reason: str) -> None:
+        if reason == PAUSED:
+            self.work.note(f"paused; it goes on after: revector resume {self.work.plan.argument}")
+        elif reason:
+            self.work.note(f"held back by {reason}")
 
     def drain(self) -> dict[int, int]:
         """Walk until nothing is pending, or what is pending no longer shrinks (locked by others, or written meanwhile).
@@ -990,11 +1070,11 @@ def _copy_window(work: Work, session: Session, leaf: Leaf, lo: int, hi: int, par
     return written
 
 
-def catch_up(work: Work, numbers: Sequence[int]) -> dict[int, int]:
+def catch_up(work: Work, numbers: Sequence[int], *, paced: bool = False) -> dict[int, int]:
     """Fill what is pending in these generations, with no lock held; returns what is left, as `Filler.drain` does."""
     if work.plan.copies_outside:
         copy_outside(work)
-    with Filler(work, numbers) as filler:
+    with Filler(work, numbers, paced=paced) as filler:
         return filler.drain()
 
 
