@@ -262,7 +262,9 @@ def find_table(session: Session, name: str) -> int:
         except (pg.InvalidName, pg.UndefinedObject, pg.SyntaxError):
             oid = None
     if oid is not None:
-        return int(oid)
+        # With a view schema of ours first in the search_path, the name means the view; the table behind it is meant.
+        behind = session.value(block("catalog", "behind_view"), view=oid) if _knows_views(session) else None
+        return int(behind or oid)
     known = [
         row.name if row.schema == "public" else f"{row.schema}.{row.name}"
         for row in session.rows(block("catalog", "vector_tables"))
@@ -453,7 +455,11 @@ def dependents(
     else:
         own = {i.oid for i in table.indexes if i.name in carried}
     found: list[Dependent] = []
+    views = own_views(session, table.oid)
     for row in session.rows(block("catalog", "dependents"), table=table.oid, column=column.number):
+        # What a column list publishes is asked for by name below, and by `publishing`.
+        if row.view in views or row.catalog == "pg_publication_rel":
+            continue
         if (row.catalog == "pg_class" and row.oid in own) or row.constraint_type == "n":
             continue
         found.append(Dependent(row.description, "drop it, or recreate it without this column, before the upgrade"))
@@ -493,18 +499,34 @@ def dependents(
                     f"options {settings.options} on {here}", f"ALTER TABLE {table.name} ALTER {column.name} RESET (...)"
                 )
             )
-    for publication in session.rows(block("catalog", "publications"), table=table.oid):
-        scope = "publishes every column of the table" if publication.columns is None else "publishes the vector column"
-        if publication.columns is None or column.number in publication.columns:
-            found.append(
-                Dependent(
-                    f"publication {publication.name} {scope}",
-                    "publish a column list without the vector column, and re-sync the subscribers",
-                )
-            )
+    found += [
+        Dependent(
+            f"publication {publication.name} publishes every column of the table",
+            "publish a column list without the vector column, and re-sync the subscribers",
+        )
+        for publication in session.rows(block("catalog", "publications"), table=table.oid)
+        if publication.columns is None
+    ]
     if table.partitions is not None:
         found += _own_dependents(session, table, column)
     return tuple(found)
+
+
+def own_views(session: Session, table: int) -> frozenset[int]:
+    """The views that `expose` made of a table: they are bound to columns, and a rename is what they are for."""
+    if not _knows_views(session):
+        return frozenset()
+    return frozenset(row.view_oid for row in session.rows(block("catalog", "own_views"), table=table))
+
+
+def _knows_views(session: Session) -> bool:
+    return session.value(block("catalog", "knows_views")) is True
+
+
+def publishing(session: Session, table: Table, column: Column) -> tuple[str, ...]:
+    """The publications whose column list has this column: their subscribers know it by its name, and stop at a rename."""
+    rows = session.rows(block("catalog", "publications"), table=table.oid)
+    return tuple(row.name for row in rows if row.columns is not None and column.number in row.columns)
 
 
 def _own_dependents(session: Session, table: Table, column: Column) -> list[Dependent]:

@@ -138,9 +138,11 @@ SELECT p.pubname AS name,
 -- lock: none
 SELECT DISTINCT d.classid::regclass::text AS catalog, d.objid::oid AS oid,
        pg_describe_object(d.classid, d.objid, d.objsubid) AS description,
-       CASE WHEN d.classid = 'pg_constraint'::regclass THEN k.contype::text END AS constraint_type
+       CASE WHEN d.classid = 'pg_constraint'::regclass THEN k.contype::text END AS constraint_type,
+       w.ev_class::oid AS view
   FROM pg_depend d
   LEFT JOIN pg_constraint k ON d.classid = 'pg_constraint'::regclass AND k.oid = d.objid
+  LEFT JOIN pg_rewrite w ON d.classid = 'pg_rewrite'::regclass AND w.oid = d.objid
  WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = %(table)s::oid AND d.refobjsubid = %(column)s
  ORDER BY 3;
 
@@ -181,6 +183,11 @@ SELECT c.oid, c.relkind::text AS kind FROM pg_class c JOIN pg_namespace n ON n.o
 -- lock: none
 SELECT p.oid FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
  WHERE n.nspname = 'revector' AND p.proname = %(name)s;
+
+-- name: schema_named
+-- Whether there is a schema of this name.
+-- lock: none
+SELECT oid FROM pg_namespace WHERE nspname = %(name)s;
 
 -- name: texts
 -- One pass over the table: how many rows, texts and vectors of each kind there are, inside the filter and outside.
@@ -258,3 +265,19 @@ SELECT DISTINCT proname AS name FROM pg_proc WHERE proname = ANY (%(names)s) AND
 SELECT a.attname AS name, pg_get_expr(d.adbin, d.adrelid) AS expression
   FROM pg_attribute a JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
  WHERE a.attrelid = %(table)s::oid AND a.attgenerated <> '' AND NOT a.attisdropped;
+
+-- name: knows_views
+-- Whether this database's ledger knows of views, and this role may read it.
+-- lock: none
+SELECT has_schema_privilege('revector', 'USAGE') AND has_table_privilege('revector.views', 'SELECT')
+  FROM pg_class WHERE oid = to_regclass('revector.views');
+
+-- name: own_views
+-- The views of a table that are ours.
+-- lock: none
+SELECT view_oid::oid FROM revector.views WHERE table_oid = %(table)s::oid;
+
+-- name: behind_view
+-- The table that a view of ours shows.
+-- lock: none
+SELECT w.table_oid FROM revector.views w JOIN pg_class c ON c.oid = w.view_oid WHERE w.view_oid = %(view)s::oid AND c.relkind = 'v';

@@ -695,6 +695,53 @@ def follow(
 
 
 @app.command(cls=_Command, rich_help_panel=FORWARD)
+def expose(
+    table: Table,
+    from_: From = None,
+    text: TextOption = None,
+    vector: Vector = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Make the views anew, after the table or its grants have changed.")
+    ] = False,
+    drop: Annotated[bool, typer.Option("--drop", help="Drop the views; their users then have the bare table.")] = False,
+    follow: Follow = False,
+    without_follower: WithoutFollower = False,
+    max_pause_ms: MaxPause = 200,
+    attempts: Attempts = 5,
+    verbose: Verbose = False,
+) -> None:
+    """Give each model a view schema, so that both versions work at once.
+
+    Changes: creates schema rv_TABLE_gN with a view of the table for each generation, and copies the table's grants.
+    Before VERIFIED the live generation alone gets one; from VERIFIED on both, and both are kept fresh from then on.
+
+    Example: revector expose knowledge_base
+    """
+    from revector.phases.expose import LIMITS
+
+    _not_both(follow, without_follower)
+    if drop and (refresh or follow or without_follower or from_ or text or vector):
+        raise UsageError("--drop stands alone", hint=f"revector expose {shlex.quote(table)} --drop")
+    limits = _limits(max_pause_ms, attempts)
+    with _steering(table, verbose) as (migration, terminal):
+        if drop:
+            terminal.say(report.exposed(migration.unexpose(limits=limits)))
+            return
+        done = migration.expose(
+            from_=from_,
+            text=text,
+            vector=vector,
+            refresh=refresh,
+            follow=follow,
+            without_follower=without_follower,
+            limits=limits,
+        )
+        terminal.say(report.exposed(done, LIMITS))
+        if follow and str(done.stage) in ("SERVED", "CUT_OVER"):
+            _stay(migration, terminal, done.table)
+
+
+@app.command(cls=_Command, rich_help_panel=FORWARD)
 def cutover(
     table: Table,
     follow: Follow = False,
@@ -1203,11 +1250,16 @@ def _done(migration: Migration, terminal: Terminal, done: Result, began: float, 
     shown = sys.stdout.isatty() and sys.stderr.isatty() and done.command == "run" and str(done.stage) == "VERIFIED"
     terminal.say(report.result(done, seconds=time.monotonic() - began, figures=not shown))
     if follow:
-        terminal.note(f"following {done.table}; Ctrl-C ends it")
-        filled = migration.follow_on()
-        if _died:
-            raise _died[0]
-        terminal.say(f"following ended; {filled:,} rows filled")
+        _stay(migration, terminal, done.table)
+
+
+def _stay(migration: Migration, terminal: Terminal, table: str) -> None:
+    """Follow until told to stop."""
+    terminal.note(f"following {table}; Ctrl-C ends it")
+    filled = migration.follow_on()
+    if _died:
+        raise _died[0]
+    terminal.say(f"following ended; {filled:,} rows filled")
 
 
 def _check_followable(migration: Migration) -> None:

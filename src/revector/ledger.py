@@ -17,7 +17,7 @@ from psycopg.types.json import Jsonb
 from revector.db import Session, block
 from revector.embed.spec import Identity
 from revector.errors import Refused
-from revector.plan import Plan, TargetIndex
+from revector.plan import ExposedView, Plan, TargetIndex
 from revector.throttle import Tuning
 
 #: The ledger version that this program writes. Version n is reached by the block `upgrade_to_<n>` of ledger.sql.
@@ -390,6 +390,18 @@ class Ledger:
             SavedGeneration(Plan.from_json(r.plan), r.oid, r.name, r.present, r.complete, frozenset(r.columns))
             for r in self._rows("backups", table=self.table)
         ]
+
+    def views(self) -> dict[int, ExposedView]:
+        """Generation number -> its view, for those that have one."""
+        return {r.number: ExposedView(**r._asdict()) for r in self._rows("views", table=self.table)}
+
+    def own_view(self, number: int, schema: str, view: str, migration: int | None) -> None:
+        """Remember a view and its schema as ours; `migration`: the one that was open, None: it outlives migrations."""
+        self._run("own_view", table=self.table, number=number, schema=schema, view=view, migration=migration)
+
+    def disown_view(self, number: int) -> None:
+        """Forget a view."""
+        self._run("disown_view", table=self.table, number=number)
 
     def events(self, limit: int = 1000) -> list[Event]:
         """The table's events, oldest first."""

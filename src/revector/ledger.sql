@@ -58,6 +58,10 @@ ALTER TABLE revector.heartbeats ADD COLUMN oldest real NOT NULL DEFAULT 0;
 ALTER TABLE revector.heartbeats ADD COLUMN trouble text;
 DROP INDEX revector.one_live_generation;
 CREATE UNIQUE INDEX one_live_generation ON revector.generations (table_oid, attnum, coalesce(filter, '')) WHERE live;
+CREATE TABLE revector.views (
+    table_oid oid NOT NULL, number int NOT NULL, schema_oid oid NOT NULL UNIQUE, schema_name text NOT NULL,
+    view_oid oid NOT NULL UNIQUE, migration bigint, made timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (table_oid, number));
 
 -- name: set_version
 -- Record an upgrade of the ledger.
@@ -168,6 +172,34 @@ SELECT m.plan, o.oid, o.name, c.relname AS present,
   FROM revector.migrations m JOIN revector.objects o ON o.migration = m.id AND o.kind = 'backup'
   LEFT JOIN pg_class c ON c.oid = o.oid
  WHERE m.table_oid = %(table)s::oid AND m.stage IN ('FINALIZED', 'ABORTED') ORDER BY m.id DESC;
+
+-- name: views
+-- The view schemas of a table, by OID: a schema or view that is gone, or has another name now, shows as such.
+-- lock: none
+SELECT w.number, w.schema_oid, w.schema_name AS made_as, n.nspname AS schema, w.view_oid, c.relname AS view, w.migration
+  FROM revector.views w
+  LEFT JOIN pg_namespace n ON n.oid = w.schema_oid
+  LEFT JOIN pg_class c ON c.oid = w.view_oid AND c.relkind = 'v' AND c.relnamespace = w.schema_oid
+ WHERE w.table_oid = %(table)s::oid ORDER BY w.number;
+
+-- name: all_views
+-- The tables that have view schemas of ours, with the schemas.
+-- lock: none
+SELECT w.table_oid, n.nspname AS schema FROM revector.views w JOIN pg_namespace n ON n.oid = w.schema_oid ORDER BY 1, 2;
+
+-- name: own_view
+-- Remember a generation's view and its schema as ours, by OID.
+-- lock: none
+INSERT INTO revector.views (table_oid, number, schema_oid, schema_name, view_oid, migration)
+SELECT %(table)s::oid, %(number)s, n.oid, n.nspname, c.oid, %(migration)s
+  FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = %(view)s
+ WHERE n.nspname = %(schema)s
+ON CONFLICT (table_oid, number) DO UPDATE SET schema_oid = excluded.schema_oid, schema_name = excluded.schema_name, view_oid = excluded.view_oid;
+
+-- name: disown_view
+-- Forget a generation's view.
+-- lock: none
+DELETE FROM revector.views WHERE table_oid = %(table)s::oid AND number = %(number)s;
 
 -- name: event
 -- Append one event.

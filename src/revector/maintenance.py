@@ -78,6 +78,20 @@ def uninstall(database: Database) -> bool:
                     hint="\n".join(_ways_out(name, stage, verb) for name, stage, verb in opened)
                     + "\nthen: revector uninstall",
                 )
+            exposed = [
+                (name, row.schema)
+                for row in session.rows(block("ledger", "all_views"))
+                if (name := _name(session, row.table_oid)) is not None
+            ]
+            if exposed:
+                raise Refused(
+                    "view schemas are exposed: " + ", ".join(f"{schema} of {name}" for name, schema in exposed),
+                    why="Without the ledger nobody would know that they are ours. Nothing was changed.",
+                    hint="\n".join(
+                        f"revector expose {shlex.quote(name)} --drop" for name in dict.fromkeys(n for n, _ in exposed)
+                    )
+                    + "\nthen: revector uninstall",
+                )
             session.execute(block("ledger", "uninstall"))
         return True
 

@@ -14,19 +14,21 @@ from psycopg import sql
 
 from revector import ledger as ledgers
 from revector import trigger
-from revector.catalog import dependents, find_table, read_server, read_table
+from revector.catalog import Table, dependents, find_table, publishing, read_server, read_table
 from revector.db import DEFAULT_LIMITS, Database, PauseLimits, Session, block, raw, translated
 from revector.errors import Busy, GateFailed, Interrupted, Refused, ServerLost
 from revector.follow import Follower
-from revector.ledger import NEXT, Event, Ledger, MigrationRow, Stage, Vigil
+from revector.ledger import NEXT, Event, Ledger, LiveGeneration, MigrationRow, Stage, Vigil
 from revector.moment import AT_ONCE, Moment, wait
-from revector.phases import backfill, backup, cutover, expand, finalize, index, serve, verify
+from revector.phases import backfill, backup, cutover, expand, expose, finalize, index, serve, verify
+from revector.phases.expose import Side as ViewSide
 from revector.plan import (
     DEFAULT_BATCH,
     Back,
     Consents,
     Draft,
     Estimate,
+    ExposedView,
     Facts,
     Generation,
     Plan,
@@ -35,10 +37,11 @@ from revector.plan import (
     differs,
     draft,
     estimate,
+    own_name,
     with_consents,
 )
 from revector.settings import Settings
-from revector.survey import check_vector, survey
+from revector.survey import check_vector, identify, survey
 from revector.throttle import NO_TUNING, Throttle, Tuning
 from revector.work import STEPS, Effect, Note, Observer, Outcome, Phase, Recorded, Work, checked_models
 
@@ -108,6 +111,8 @@ class Side:
     #: Seconds since an application was last seen writing it, and since its indexes were last scanned; None: not known.
     written: float | None = None
     read: float | None = None
+    #: The setting that makes a session one of this generation's, where it has a view.
+    search_path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +161,8 @@ class Status:
             told: dict[str, Any] = {"column": s.column, "model": s.model, "dimension": s.dimension}
             if role:
                 told["role"] = s.role
-            return {**told, "pending": s.pending, "written_s": _whole(s.written), "read_s": _whole(s.read)}
+            seen = {"written_s": _whole(s.written), "read_s": _whole(s.read)}
+            return {**told, "pending": s.pending, **seen, "search_path": s.search_path}
 
         return {
             "format": 1,
@@ -181,6 +187,20 @@ class Status:
             if self.written is None
             else dict(zip(("rows", "hot_share", "hot_expected"), self.written, strict=True)),
         }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Exposed:
+    """The views that a table has now, and how a session becomes one of a generation's."""
+
+    table: str
+    stage: Stage | None
+    #: (model, `search_path` setting, whether the bare name answers with it).
+    sides: tuple[tuple[str, str, bool], ...]
+    summary: str
+    figures: dict[str, Any]
+    #: The exact next command.
+    next: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,6 +502,64 @@ class Migration:
                 )
         return self.run(request, allow_failed=allow_failed, limits=limits)
 
+    def expose(
+        self,
+        *,
+        from_: str | None = None,
+        text: str | None = None,
+        vector: str | None = None,
+        refresh: bool = False,
+        follow: bool = False,
+        without_follower: bool = False,
+        limits: PauseLimits = DEFAULT_LIMITS,
+    ) -> Exposed:
+        """Give each generation a view schema of its own; before VERIFIED, and with no migration open, the live one.
+
+        From VERIFIED on both generations are guarded and caught up first. `from_` (with `text` and `vector`) names
+        the model of a table that revector does not know yet. `refresh` follows changes of the table and its grants.
+        """
+        with translated(self._command("expose")):
+            row = self.latest()
+            if row is not None and not row.stage.closed:
+                return self._expose_open(
+                    row,
+                    from_=from_,
+                    vector=vector,
+                    refresh=refresh,
+                    follow=follow,
+                    without_follower=without_follower,
+                    limits=limits,
+                )
+            table = read_table(self.control, self.oid)
+            on_record = self._live_on_record(from_, vector)
+            known = self.ledger.views() if ledgers.exists(self.control) else {}
+            number = on_record.number if on_record else 1
+            if on_record is None and ledgers.exists(self.control) and self.ledger.registered():
+                number = self.ledger.next_number()
+            schema = known[number].made_as if number in known else own_name(table.schema, table.name, number)
+            expose.check(self.control, table, [schema], known, self._command("expose"))
+            live = on_record or self._registered(table, number, from_=from_, text=text, vector=vector)
+            self.ledger.migration = None
+            side = ViewSide(live.number, schema, live.model.model, live.attnum)
+            outcome = self._make_views(table, [side], live.column, frozenset({live.attnum}), None, refresh, limits)
+        return self._exposed(table, outcome, row)
+
+    def unexpose(self, *, limits: PauseLimits = DEFAULT_LIMITS) -> Exposed:
+        """Drop this table's views; their clients work with the bare table from then on."""
+        with translated(self._command("expose --drop")):
+            row = self.latest()
+            table = read_table(self.control, self.oid)
+            if row is None or row.stage.closed:
+                self.ledger.migration = None
+            views = list(self.ledger.views().values()) if ledgers.exists(self.control) else []
+            if not views:
+                raise Refused(
+                    f"{self.name} has no views of ours", why="Nothing was changed.", hint=self._command("status")
+                )
+            expose.check_droppable(self.control, views, self._command("expose --drop"))
+            gone = self._drop_views("expose.drop", views, limits)
+        return self._exposed(table, Outcome(f"{', '.join(gone) or 'nothing'} dropped", {"dropped": gone}), row)
+
     def finalize(
         self,
         *,
@@ -644,6 +722,7 @@ class Migration:
 
             def check() -> None:
                 self._check_dependents(row, command)
+                self._check_published(row, command)
                 if not back:
                     self._check_refused(
                         work, row.plan.new, allow_failed, command, "Those rows would vanish from search."
@@ -673,6 +752,156 @@ class Migration:
                     )
                 outcome = cutover.run(work, back=back)
         return self._result(command, outcome)
+
+    def _expose_open(
+        self,
+        row: MigrationRow,
+        *,
+        from_: str | None,
+        vector: str | None,
+        refresh: bool,
+        follow: bool,
+        without_follower: bool,
+        limits: PauseLimits,
+    ) -> Exposed:
+        plan, work = row.plan, self._work(row, limits=limits)
+        _check_column(row, Request(vector=vector), self.name)
+        if row.closing:
+            raise Refused(
+                f"{self.name} is being closed: {row.closing} has begun",
+                why="Its views go. Nothing was changed.",
+                hint=self._command(row.closing),
+            )
+        if from_ not in (None, plan.old.model.model):
+            raise Refused(
+                f"{self.name}: {plan.old.model.model} made the present vectors, not {from_}",
+                why="A migration is open, and its plan says so. Nothing was changed.",
+                hint=f"leave --from out: {self._command('expose')}",
+            )
+        table, known = read_table(self.control, self.oid), self.ledger.views()
+        both = row.stage.reached(Stage.VERIFIED)
+        generations = (plan.old, plan.new) if both else (plan.old,)
+        schemas = [plan.view_schema(generation) for generation in generations]
+        expose.check(self.control, table, schemas, known, self._command("expose"))
+        if both:
+            self._check_follower(row, follow=follow, without_follower=without_follower)
+        with self._following(follow and both):
+            if row.stage is Stage.VERIFIED:
+                self._check_dependents(row, "expose")
+                trigger.check(self.control, plan)
+                self.observe(Note(serve.run(work).summary))
+            if both and plan.new.number not in known:
+                with work.step("expose.catch_up") as told:
+                    told["left"] = dict(work.catch_up([plan.old.number, plan.new.number]))
+            numbers = {g.number: self.ledger.attnum(g.number) for g in (plan.old, plan.new)}
+            sides = [
+                ViewSide(generation.number, schema, generation.model.model, number)
+                for generation, schema in zip(generations, schemas, strict=True)
+                if (number := numbers[generation.number]) is not None
+            ]
+            hidden = frozenset(number for number in numbers.values() if number is not None)
+            table = read_table(self.control, self.oid)
+            outcome = self._make_views(table, sides, plan.column, hidden, row.id, refresh, limits)
+        return self._exposed(table, outcome, self.latest())
+
+    def _make_views(
+        self,
+        table: Table,
+        sides: Sequence[ViewSide],
+        column: str,
+        hidden: frozenset[int],
+        migration: int | None,
+        refresh: bool,
+        limits: PauseLimits,
+    ) -> Outcome:
+        return expose.run(
+            self.control,
+            self.ledger,
+            table,
+            sides,
+            column,
+            hidden,
+            migration=migration,
+            refresh=refresh,
+            limits=limits,
+            observe=self.observe,
+        )
+
+    def _live_on_record(self, from_: str | None, vector: str | None) -> LiveGeneration | None:
+        """The live generation on record; refused where there are several, or another model is named."""
+        lives = self.ledger.lives(vector) if ledgers.exists(self.control) else []
+        if len(lives) > 1:
+            several = "; ".join(f"{live.column}: {live.model.model}" for live in lives)
+            raise Refused(
+                f"{self.name} has several live models: {several}",
+                why="One view cannot be of them all. Nothing was changed.",
+                hint=f"name the column: revector expose {self.argument} --vector {lives[0].column}\n"
+                "or, where they share it, expose once a migration is open",
+            )
+        if lives and from_ not in (None, lives[0].model.model):
+            raise Refused(
+                f"{self.name}: {lives[0].model.model} is on record for {lives[0].column}, not {from_}",
+                why="Nothing was changed.",
+                hint=f"leave --from out: {self._command('expose')}",
+            )
+        return lives[0] if lives else None
+
+    def _registered(
+        self, table: Table, number: int, *, from_: str | None, text: str | None, vector: str | None
+    ) -> LiveGeneration:
+        """The live generation that the user names, compared with the vectors and put on record."""
+        identity, said, column = identify(
+            self.control,
+            table,
+            self.settings,
+            from_=from_,
+            text=text,
+            vector=vector,
+            note=lambda told: self.observe(Note(told)),
+        )
+        ledgers.ensure(self.control)
+        self.ledger.register(number, column.number, said.given, identity, live=True)
+        return LiveGeneration(number, column.number, said.given, identity, column.name, None)
+
+    def _drop_views(self, step: str, views: Sequence[ExposedView], limits: PauseLimits) -> list[str]:
+        gone = expose.drop(self.control, self.ledger, step, views, limits, self.observe)
+        kept = [view.schema for view in views if view.schema is not None and view.schema not in gone]
+        if kept:
+            self.observe(Note(f"schema {', '.join(kept)} holds something that is not ours: it stays, without our view"))
+        return gone
+
+    def _close_views(self, row: MigrationRow, command: str, limits: PauseLimits) -> None:
+        """The views of both sides go; abort leaves the live one to who had it before the migration."""
+        plan = row.plan
+        known = self.ledger.views()
+        views = [view for number, view in known.items() if number in (plan.old.number, plan.new.number)]
+        kept = [v for v in views if command == "abort" and v.number == plan.old.number and v.migration is None]
+        self._drop_views(f"{command}.drop_views", [view for view in views if view not in kept], limits)
+        for view in kept:
+            self.observe(Note(f"{view.schema} stays: it was there before (revector expose {self.argument} --drop)"))
+
+    def _exposed(self, table: Table, outcome: Outcome, row: MigrationRow | None) -> Exposed:
+        opened = row is not None and not row.stage.closed
+        models = {live.number: live.model.model for live in self.ledger.lives()}
+        if row is not None and opened:
+            models |= {g.number: g.model.model for g in (row.plan.old, row.plan.new)}
+        live = {generation.number for generation in self.ledger.lives()}
+        sides = tuple(
+            (models[number], self._search_path(view, table.schema), number in live)
+            for number, view in self.ledger.views().items()
+            if number in models and view.view is not None
+        )
+        following = (
+            f"revector {row.closing or NEXT[row.stage]} {self.argument}"
+            if row is not None and opened
+            else f"revector plan {self.argument} --to MODEL"
+        )
+        stage = row.stage if row is not None else None
+        return Exposed(self.name, stage, sides, outcome.summary, outcome.figures, following)
+
+    def _search_path(self, view: ExposedView, schema: str) -> str:
+        vectors = read_server(self.control).vector_schema
+        return expose.search_path(view.schema or view.made_as, schema, *([vectors] if vectors else []))
 
     def _wait(self, work: Work, numbers: Sequence[int], when: Moment) -> None:
         """Everything slow is done; now only the moment is missing. Nothing is locked and no transaction is open."""
@@ -715,6 +944,8 @@ class Migration:
                 self._check_refused(
                     work, keep, allow_failed, command, "The old vectors would be the last these rows have."
                 )
+            if row.closing is None:
+                self._check_views(row, command)
             with self._catching_up(work, keep.number if guarded else None):
                 if guarded:
                     with work.step(f"{command}.catch_up") as told:
@@ -729,6 +960,7 @@ class Migration:
                     str(row.stage),
                     row.closing,
                     self.ledger.retire_sql,
+                    lambda: self._close_views(row, command, limits),
                     lambda: self._drop_backup(work) if drop_backup else None,
                 )
             if command == "finalize" and (oid := self.ledger.owned().get(("backup", plan.backup or ""))):
@@ -842,6 +1074,38 @@ class Migration:
                     hint="\n".join(dict.fromkeys(d.remedy for d in found))
                     + f"\nthen: revector {command} {self.argument}",
                 )
+
+    def _check_published(self, row: MigrationRow, command: str) -> None:
+        table = read_table(self.control, self.oid)
+        column = table.column(row.plan.column)
+        names = publishing(self.control, table, column)
+        if names:
+            rest = ", ".join(c.name for c in table.columns if c.name not in (column.name, row.plan.new.column))
+            raise Refused(
+                f"{self.name}: publication {', '.join(names)} sends {column.name} to subscribers",
+                why="They know it by its name: they would stop at the rename, and going back would not heal them."
+                " Nothing was changed.",
+                hint=f"serve both versions by views instead: {self._command('expose')}\n"
+                f"or publish without it: ALTER PUBLICATION {names[0]} SET TABLE {self.name} ({rest});"
+                f" ALTER SUBSCRIPTION ... REFRESH PUBLICATION on each subscriber; then: revector {command} {self.argument}",
+            )
+
+    def _check_views(self, row: MigrationRow, command: str) -> None:
+        """Nothing may be built on a view that goes; nor may a role be left with the setting of the side that goes."""
+        plan = row.plan
+        gone, views = (plan.old if command == "finalize" else plan.new), self.ledger.views()
+        both = [view for number, view in views.items() if number in (plan.old.number, plan.new.number)]
+        expose.check_droppable(self.control, both, self._command(command))
+        if gone.number not in views:
+            return
+        whose = expose.searched_by(self.control, plan.view_schema(gone))
+        if whose and command == "finalize":
+            raise Refused(
+                f"{self.name}: {', '.join(whose)} has {plan.view_schema(gone)} in its search_path",
+                why=f"Its sessions ask for {gone.model.model}, which goes: they would fail. Nothing was changed.",
+                hint="\n".join(f"ALTER {name} RESET search_path;" for name in whose)
+                + f"\nthen: {self._command(command)}",
+            )
 
     def _check_follower(self, row: MigrationRow, *, follow: bool, without_follower: bool) -> None:
         if follow or self.ledger.followers():
@@ -970,7 +1234,11 @@ class Migration:
         following = self.ledger.followers()
         total = _rows(self.control, table.identifier)
         if row is None or row.stage.closed:
-            side = None if live is None else Side(live.column, live.model.model, live.model.dimension, None)
+            view = self.ledger.views().get(live.number) if live else None
+            path = self._search_path(view, table.schema) if view is not None and view.view else None
+            side = None
+            if live is not None:
+                side = Side(live.column, live.model.model, live.model.dimension, None, search_path=path)
             stage = row.stage if row else None
             tail = "" if live else " --from MODEL"
             return Status(
@@ -1007,10 +1275,11 @@ class Migration:
         blank = self.control.value(
             block("migration", "blank", table=work.table, text=raw(plan.text_sql), inside=raw(plan.inside))
         )
-        writes = self.ledger.writes()
+        writes, views, schema = self.ledger.writes(), self.ledger.views(), work.schema
 
         def side(generation: Generation, column: str, pending: int | None, role: str) -> Side:
             model, answers = generation.model, generation is answering
+            view = views.get(generation.number)
             return Side(
                 column,
                 model.model,
@@ -1019,6 +1288,7 @@ class Migration:
                 role,
                 writes.get(generation.number, (None, None))[0],
                 self._last_read(plan, generation, live=answers),
+                self._search_path(view, schema) if view is not None and view.view else None,
             )
 
         live = side(answering, work.column(answering) or plan.column, pending(answering) if guarded else None, "live")

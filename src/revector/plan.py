@@ -127,6 +127,22 @@ class LiveIndex:
 
 
 @dataclass(frozen=True, slots=True)
+class ExposedView:
+    """A generation's view, in a schema of its own, as the ledger and the catalog have it."""
+
+    number: int
+    schema_oid: int
+    #: The schema's name when it was made, which the trigger knows it by, and now; None: it is gone.
+    made_as: str
+    schema: str | None
+    view_oid: int
+    #: The view's name now; None: it is gone.
+    view: str | None
+    #: The migration that was open when it was made; None: none was, and it outlives an abort.
+    migration: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One vector column and the model that fills it."""
 
@@ -184,12 +200,20 @@ class Plan:
     verify_threshold: float = VERIFY_THRESHOLD
     #: The backup table that `restore` takes vectors from; None: an upgrade.
     source: Source | None = None
+    #: The old generation's view schema, where it was exposed before the plan was made, maybe under another table name.
+    old_views: str | None = None
     format: int = FORMAT
 
     @property
     def argument(self) -> str:
         """The table as a command takes it: with its schema outside `public`, quoted for the shell where needed."""
         return shlex.quote(self.table if self.schema == "public" else f"{self.schema}.{self.table}")
+
+    def view_schema(self, generation: Generation) -> str:
+        """The schema of that generation's view, whether it is there or not: by it the trigger knows a writer's side."""
+        if generation.number == self.old.number and self.old_views:
+            return self.old_views
+        return own_name(self.schema, self.table, generation.number)
 
     @property
     def text_function(self) -> str:
@@ -368,6 +392,10 @@ class Facts:
     index_sides: tuple[tuple[str, int, int], ...] = ()
     #: (OID, constraint) of the partitions whose NOT NULL has a name of its own.
     strict_parts: tuple[tuple[int, str], ...] = ()
+    #: The view schema of the present vectors, where they are exposed already.
+    old_views: str | None = None
+    #: Publications that send the vector column to subscribers, by a column list.
+    published: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,6 +492,7 @@ def _plan(request: Request, facts: Facts) -> Plan:
         partitioned=table.partitions is not None,
         partition_key=table.partitions.key if table.partitions else (),
         strict_parts=facts.strict_parts,
+        old_views=facts.old_views,
     )
 
 
@@ -554,6 +583,7 @@ def _findings(request: Request, facts: Facts, plan: Plan) -> list[Finding]:
         _index_limit_finding(plan),
         _trigger_finding(facts, plan),
         *_dependent_findings(facts),
+        *_publication_findings(facts),
     ]
     if facts.taken:
         found.append(
@@ -927,6 +957,21 @@ def _dependent_findings(facts: Facts) -> list[Finding]:
             )
         )
     return found or [Finding("dependents", f"nothing else hangs on {facts.column.name}")]
+
+
+def _publication_findings(facts: Facts) -> list[Finding]:
+    if not facts.published:
+        return []
+    return [
+        Finding(
+            "publications",
+            f"{', '.join(facts.published)} publish(es) {facts.column.name}",
+            None,
+            "Its subscribers would stop at the rename, and rollback would not heal them: cutover is refused, while both"
+            " versions can be served by views.",
+            f"serve by views: revector expose {facts.table.name}; for cutover publish without {facts.column.name} first",
+        )
+    ]
 
 
 @dataclass(frozen=True, slots=True)

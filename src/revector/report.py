@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from revector.knowledge_base import Loaded, Registered
     from revector.ledger import Event, MigrationRow
     from revector.maintenance import Versions
-    from revector.migration import Missing, Preview, Result, Side, Status
+    from revector.migration import Exposed, Missing, Preview, Result, Side, Status
     from revector.plan import Finding, Request, TargetIndex
     from revector.search import SearchResult
     from revector.throttle import Tuning
@@ -359,6 +359,23 @@ def result(done: Result, *, seconds: float, figures: bool = True) -> str:
     return "\n".join(lines)
 
 
+def exposed(done: Exposed, limits: Sequence[tuple[str, str]] = ()) -> str:
+    """The views that are there, how a session uses each, and what they cannot do."""
+    lines = [f"{done.table}: {done.summary}."]
+    for model, path, answers in done.sides:
+        role = "the bare name answers with it too" if answers else "only by this view"
+        names = ", ".join(path.split(","))
+        lines += [
+            f"  {model} ({role})",
+            f"      search_path={path}",
+            f"      with a pooler: ALTER ROLE ... SET search_path = {names};",
+        ]
+    if done.sides and limits:
+        lines.append("A view can be read and written as the table can. What it cannot do, and the way round:")
+        lines += [paragraph(f"{cannot}: {instead}", "  - ", hang="    ") for cannot, instead in limits]
+    return "\n".join([*lines, f"next: {done.next}"])
+
+
 def _is_nothing(value: object) -> bool:
     """Not worth a line: nothing, or a count by generation in which every count is 0."""
     return value in (None, []) or (isinstance(value, Mapping) and not any(value.values()))
@@ -379,6 +396,8 @@ def status(now: Status) -> str:
     rows.append(("rows", f"{now.rows:,}" + (f" ({', '.join(odd)})" if odd else "")))
     if now.other is not None:
         rows.append(("followers", _followers(now)))
+    paths = [(side.role, side.search_path) for _, side in columns if side.search_path]
+    rows += [(f"{role} by", f"search_path={path}") for role, path in paths]
     if now.written is not None:
         written, share, expected = now.written
         hoped = "" if expected is None else f", {expected:.0%} expected"

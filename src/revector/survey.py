@@ -19,6 +19,7 @@ from revector.catalog import (
     dependents,
     find_table,
     functions_naming,
+    publishing,
     read_filter,
     read_server,
     read_table,
@@ -30,7 +31,17 @@ from revector.embed import Embedder, Identity, known_models
 from revector.errors import ModelUnavailable, Refused, UsageError
 from revector.ledger import Ledger, MigrationRow, exists, require
 from revector.partitions import strict
-from revector.plan import Counts, Facts, Measured, Plan, Request, TargetIndex, draft
+from revector.plan import (
+    DEFAULT_BATCH,
+    VERIFY_THRESHOLD,
+    Counts,
+    Facts,
+    Measured,
+    Plan,
+    Request,
+    TargetIndex,
+    draft,
+)
 from revector.settings import Settings
 from revector.work import embedder_for
 
@@ -107,6 +118,7 @@ def survey(
     # Another filter's generation may be registered already: this one's live generation then takes a number of its own.
     first = following if known and live is None and ledger.registered() else 1
     numbers = (live.number if live else first, following + (first == following))
+    exposed = ledger.views().get(numbers[0]) if known else None
     measured = _measure(session, table, text, column, old, new, counts, request.batch_size or 50, note)
     facts = Facts(
         server=server,
@@ -127,11 +139,52 @@ def survey(
         index_sides=_index_sides(session, table, column, where),
         downloads=downloads,
         strict_parts=strict(session, table.oid, column.name) if table.partitions and column.not_null else (),
+        old_views=exposed.made_as if exposed else None,
+        published=publishing(session, table, column),
     )
     preliminary = draft(request, facts)
     # An index that cannot be built is a blocker of the plan, not an error of timing it.
     buildable = not any(finding.title == "index" for finding in preliminary.blockers)
     return _with(facts, session, preliminary.plan, set(ours), buildable=buildable)
+
+
+def identify(
+    session: Session,
+    table: Table,
+    settings: Settings,
+    *,
+    from_: str | None,
+    text: str | None,
+    vector: str | None,
+    note: Callable[[str], None] = lambda _: None,
+) -> tuple[Identity, Text, Column]:
+    """The model of the present vectors of a table that revector does not know yet: named by the user, then compared.
+
+    Raises `UsageError` where no model is named or its dimension is another, `Refused` where the vectors are not its.
+    """
+    check_vector(read_server(session))
+    column = table.vector_column(vector or _vector_column(table))
+    if from_ is None:
+        raise _no_from(table, column, [])
+    said = read_text(session, table, text or "content")
+    old = Embedder(from_, settings=settings)
+    note(f"loading {old.spec}")
+    identity = old.identity()
+    if column.dimension not in (None, identity.dimension):
+        raise UsageError(
+            f"{identity.model} gives {identity.dimension} dimensions, {table.name}.{column.name} has {column.dimension}",
+            why="These vectors cannot come from that model.",
+            hint="name the model that made them with --from",
+        )
+    cosines = _cosines(session, table, said, column, old, DEFAULT_BATCH, note)
+    agreeing = sum(cosine >= VERIFY_THRESHOLD for cosine in cosines)
+    if agreeing < 0.5 * len(cosines):
+        raise Refused(
+            f"{agreeing} of {len(cosines)} sampled vectors of {table.name}.{column.name} are {identity.model}'s",
+            why="Another model, prompt or text made them. Nothing was changed.",
+            hint="correct --from or --text",
+        )
+    return identity, said, column
 
 
 def _new_model(
@@ -261,7 +314,6 @@ def _measure(
     note: Callable[[str], None],
 ) -> Measured:
     texts = _sampled(session, table, "sample_texts", _SAMPLE, text=raw(text.canonical))
-    stored = _sampled(session, table, "sample", _COMPARED, text=raw(text.canonical), column=sql.Identifier(column.name))
     window = new.max_tokens() if new else None
     rate, tokens, too_long = None, 0.0, 0
     if texts and new:
@@ -270,16 +322,30 @@ def _measure(
         too_long = int((lengths > window).sum()) if window else 0
         note(f"measuring {new.spec} on {len(texts)} of your rows")
         rate = _rate(new, [row.text for row in texts], batch)
-    cosines: tuple[float, ...] = ()
-    if stored and column.dimension in (None, old.get_embedding_dimension()):
-        note(f"comparing {len(stored)} stored vectors with {old.spec}'s")
-        given = np.array([[float(x) for x in row.vector.strip("[]").split(",")] for row in stored], dtype=np.float32)
-        fresh, _ = old.encode_isolating([row.text for row in stored], batch_size=batch)
-        norms = np.linalg.norm(given, axis=1) * np.linalg.norm(fresh, axis=1)
-        same = (given * fresh).sum(axis=1) / np.where(norms > 0, norms, 1)
-        cosines = tuple(float(c) for c in np.nan_to_num(same))
+    cosines = _cosines(session, table, text, column, old, batch, note)
     refuses = new is not None and bool(counts.blank_texts) and bool(new.encode_isolating([" "], batch_size=1)[1])
     return Measured(len(texts), rate, tokens, too_long, window, cosines, 0.0, refuses)
+
+
+def _cosines(
+    session: Session,
+    table: Table,
+    text: Text,
+    column: Column,
+    old: Embedder,
+    batch: int,
+    note: Callable[[str], None],
+) -> tuple[float, ...]:
+    """How near the stored vectors of some rows are to what the model gives for their texts."""
+    stored = _sampled(session, table, "sample", _COMPARED, text=raw(text.canonical), column=sql.Identifier(column.name))
+    if not stored or column.dimension not in (None, old.get_embedding_dimension()):
+        return ()
+    note(f"comparing {len(stored)} stored vectors with {old.spec}'s")
+    given = np.array([[float(x) for x in row.vector.strip("[]").split(",")] for row in stored], dtype=np.float32)
+    fresh, _ = old.encode_isolating([row.text for row in stored], batch_size=batch)
+    norms = np.linalg.norm(given, axis=1) * np.linalg.norm(fresh, axis=1)
+    same = (given * fresh).sum(axis=1) / np.where(norms > 0, norms, 1)
+    return tuple(float(c) for c in np.nan_to_num(same))
 
 
 def _sampled(session: Session, table: Table, name: str, limit: int, **parts: sql.Composable) -> Sequence[Any]:
@@ -331,6 +397,11 @@ def _taken(session: Session, table: Table, plan: Plan, ours: set[tuple[str, str]
             block("catalog", "relation_named"), schema=plan.schema, name=name
         ):
             found.append(f"relation {name}")
+    known = {view.made_as for view in Ledger(session, table.oid).views().values()} if exists(session) else set()
+    for name in (plan.view_schema(plan.old), plan.view_schema(plan.new)):
+        # The trigger takes whoever has a schema of this name in the search_path for a client of that generation.
+        if name not in known and session.row(block("catalog", "schema_named"), name=name):
+            found.append(f"schema {name}")
     for name in plan.functions:
         if ("function", name) not in ours and session.row(block("catalog", "function_named"), name=name):
             found.append(f"function revector.{name}")

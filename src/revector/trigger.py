@@ -12,7 +12,7 @@ from psycopg import sql
 
 from revector.db import Session, block, raw
 from revector.errors import Refused
-from revector.plan import Generation, Plan, own_name
+from revector.plan import Generation, Plan
 
 
 def create(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
@@ -75,8 +75,8 @@ def served(plan: Plan, live: Generation, live_column: str, other_column: str) ->
         other=other_name,
         live_changed=_changed(live_name),
         other_changed=_changed(other_name),
-        live_views=sql.Literal(own_name(plan.schema, plan.table, live.number)),
-        other_views=sql.Literal(own_name(plan.schema, plan.table, other.number)),
+        live_views=sql.Literal(plan.view_schema(live)),
+        other_views=sql.Literal(plan.view_schema(other)),
         not_null=not_null,
         outside=outside,
         **_movement(plan, live_column, other_column),

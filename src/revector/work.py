@@ -28,11 +28,12 @@ STEPS: Final = (
     "index.build", "index.pending", "index.analyze", "index",
     "verify.catch_up", "verify",
     "serve",
+    "expose.catch_up", "expose", "expose.drop",
     "cutover.catch_up", "cutover",
     "rollback.catch_up", "rollback",
-    "abort.catch_up", "abort.close", "abort.validate", "abort.drop_indexes", "abort.drop_column", "abort",
-    "finalize.catch_up", "finalize.close", "finalize.validate", "finalize.drop_indexes", "finalize.drop_column",
-    "finalize.drop_backup", "finalize",
+    "abort.catch_up", "abort.close", "abort.drop_views", "abort.validate", "abort.drop_indexes", "abort.drop_column", "abort",
+    "finalize.catch_up", "finalize.close", "finalize.drop_views", "finalize.validate", "finalize.drop_indexes",
+    "finalize.drop_column", "finalize.drop_backup", "finalize",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from revector import cli
 PAGE = Path(__file__).parents[2] / "docs/reference/commands.md"
 ORDER = {
     "Start": ["demo", "schema", "init", "load"],
-    "Forward": ["plan", "run", "follow", "cutover", "finalize"],
+    "Forward": ["plan", "run", "follow", "expose", "cutover", "finalize"],
     "Back": ["abort", "rollback", "restore"],
     "Look": ["status", "events", "search"],
     "Remove": ["uninstall"],

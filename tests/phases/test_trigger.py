@@ -207,19 +207,18 @@ def play(connection: psycopg.Connection[Any], case: Case, writer: Writer) -> tup
     return means(writer.own, row[0]), means(writer.other, row[1])
 
 
-@pytest.fixture
-def views(connection: psycopg.Connection[Any]) -> Iterator[None]:
+def make_view_schemas(connection: psycopg.Connection[Any]) -> None:
+    """What the trigger goes by is the name alone; `plan` refuses to start where it is taken."""
     for name in ("rv_kb_g1", "rv_kb_g2", "rv_other_g2", "other"):
         connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(name)))
-    yield
 
 
-@pytest.mark.usefixtures("views")
 @pytest.mark.parametrize("stage", WRITERS)
 def test_truth_table(dsn: str, connection: psycopg.Connection[Any], stage: str) -> None:
     """Each statement leaves what mechanism.md says, for each owner, and afterwards every pending row can be filled."""
     knowledge_base(connection, 20, not_null=False)
     advance(dsn, stage)
+    make_view_schemas(connection)
     wrong = []
     for owner, writer in WRITERS[stage].items():
         for case in CASES:
@@ -270,12 +269,13 @@ def test_insert_without_a_vector_fails_as_not_null_did(
     assert_exact(connection, "kb", "content", columns, at_least=20)
 
 
-@pytest.mark.usefixtures("views")
 def test_view_writer_inserts_into_a_column_that_was_not_null(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """An instance of either version that gives its own model's vector is never told that the other's is missing."""
     knowledge_base(connection, 20)
     for stage, columns in (("SERVED", ("embedding", "embedding_g2")), ("CUT_OVER", ("embedding_g1", "embedding"))):
         advance(dsn, stage)
+        if stage == "SERVED":
+            make_view_schemas(connection)
         for number, (column, model) in enumerate(zip(columns, (OLD, NEW), strict=True), 1):
             key = next(NUMBERS)
             connection.execute(f"SET search_path = rv_kb_g{number}, public")  # type: ignore[arg-type]

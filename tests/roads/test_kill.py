@@ -25,16 +25,20 @@ ROWS = 150
 #: command -> the commands before it; its steps start with its name, `run`'s with those of its phases.
 ROADS: dict[str, tuple[str, ...]] = {
     "run": (),
+    "expose": ("run",),
+    "unexpose": ("run", "expose"),
     "cutover": ("run",),
     "rollback": ("run", "cutover"),
-    "abort": ("run", "cutover", "rollback"),
-    "finalize": ("run", "cutover"),
+    "abort": ("run", "expose", "cutover", "rollback"),
+    "finalize": ("run", "expose", "cutover"),
     "restore": ("run", "cutover", "finalize_keeping"),
 }
 OF_RUN = ("plan", "backup", "expand", "backfill", "index", "verify")
 
 
 def road_of(step: str) -> str:
+    if step == "expose.drop":
+        return "unexpose"
     head = step.partition(".")[0]
     return "run" if head in OF_RUN else "cutover" if head == "serve" else head
 
@@ -125,6 +129,8 @@ def finish_and_check(dsn: str, connection: psycopg.Connection, command: str) -> 
         stage = migration.latest().stage  # type: ignore[union-attr]
         expected = {
             "run": Stage.VERIFIED,
+            "expose": Stage.SERVED,
+            "unexpose": Stage.SERVED,
             "cutover": Stage.CUT_OVER,
             "rollback": Stage.SERVED,
             "abort": Stage.ABORTED,
@@ -133,6 +139,8 @@ def finish_and_check(dsn: str, connection: psycopg.Connection, command: str) -> 
         }
         assert stage is expected[command]
         settle(dsn, migration.oid)
+        if command in ("expose", "unexpose"):
+            assert set(migration.ledger.views()) == ({1, 2} if command == "expose" else set())
         if command == "restore":
             assert_exact(connection, {"embedding": NEW, "embedding_g3": OLD})
             migration.cutover(without_follower=True)
@@ -151,6 +159,7 @@ def finish_and_check(dsn: str, connection: psycopg.Connection, command: str) -> 
     leftovers = connection.execute(
         "SELECT relname FROM pg_class WHERE relname LIKE 'rv\\_%' UNION SELECT tgname FROM pg_trigger WHERE NOT tgisinternal"
         " UNION SELECT attname FROM pg_attribute WHERE attrelid = 'kb'::regclass AND attname LIKE '%\\_g_'"
+        " UNION SELECT nspname FROM pg_namespace WHERE nspname LIKE 'rv\\_%'"
         " UNION SELECT proname FROM pg_proc WHERE pronamespace = 'revector'::regnamespace"
     ).fetchall()
     assert leftovers == []
@@ -196,7 +205,7 @@ def test_killed_and_given_again(dsn: str, connection: psycopg.Connection, step: 
         with Migration.open(Settings(database_url=dsn), table="kb") as migration:
             row = migration.latest()
             done = row is not None and row.stage.closed
-        if not done and not (moment == "recorded" and step in ("cutover", "rollback")):
+        if not done and not (moment == "recorded" and step in ("cutover", "rollback", "expose.drop")):
             proceed(dsn, (command,))
     assert errors == []
     finish_and_check(dsn, connection, command)

@@ -25,7 +25,7 @@ def command(migration: Migration, name: str) -> None:
         migration.finalize(drop_backup=True)
     elif name == "finalize_keeping":
         migration.finalize()
-    elif name in ("abort", "restore"):
+    elif name in ("abort", "restore", "unexpose"):
         getattr(migration, name)()
     else:
         getattr(migration, name)(without_follower=True)

@@ -32,11 +32,13 @@ def run(
     stage: str,
     closing: str | None,
     retire: Callable[[int], list[sql.Composable]],
+    drop_views: Callable[[], None],
     before_last: Callable[[], None],
 ) -> Outcome:
     """Close the migration from `stage`; FINALIZED or ABORTED is proven by the last step.
 
-    `retire` gives the ledger statements that mark a generation as gone; `before_last` is done before the last step.
+    `retire` gives the ledger statements that mark a generation as gone; `drop_views` is done before its column goes,
+    `before_last` before the last step.
     """
     plan = work.plan
     keep, drop = (plan.new, plan.old) if command == "finalize" else (plan.old, plan.new)
@@ -48,6 +50,7 @@ def run(
     # A worker or follower that is writing right now ends its transaction first and sees `closing` in its next.
     if not work.control.wait_lock("windows", plan.table_oid, seconds=60):
         raise Busy(f"a worker still writes to {plan.table}", hint=f"stop it, then: revector {command} {plan.argument}")
+    drop_views()
     if guarded and plan.not_null:
         _validate(work, command)
     doomed = (keep.pending_index, drop.pending_index, *_vector_indexes(plan, drop))
