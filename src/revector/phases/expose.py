@@ -28,7 +28,7 @@ LIMITS: Final = (
     ("ON CONFLICT ON CONSTRAINT name", "ON CONFLICT (columns)"),
     ("COPY kb FROM or TO", "INSERT of many rows; COPY (SELECT ... FROM kb) TO; or COPY the table by schema and name"),
     ("TRUNCATE", "TRUNCATE the table by schema and name"),
-    ("ctid, WHERE CURRENT OF, TABLESAMPLE", "the key; or the table by schema and name"),
+    ("ctid, xmin, WHERE CURRENT OF, TABLESAMPLE", "the key; or the table by schema and name"),
     ("pg_get_serial_sequence('kb', ...), which gives NULL", "give it the table by schema and name"),
     ("CREATE INDEX, ALTER TABLE and other DDL", "run the application's own migrations with the plain search_path"),
     ("ALTER TYPE or DROP COLUMN of the table under a view", "expose --drop, the change, expose again"),
