@@ -736,7 +736,7 @@ def expose(
             without_follower=without_follower,
             limits=limits,
         )
-        terminal.say(report.exposed(done, LIMITS))
+        terminal.say(report.exposed(done, LIMITS if done.figures["made"] and not refresh else ()))
         if follow and str(done.stage) in ("SERVED", "CUT_OVER"):
             _stay(migration, terminal, done.table)
 

@@ -783,7 +783,7 @@ class Migration:
         generations = (plan.old, plan.new) if both else (plan.old,)
         schemas = [plan.view_schema(generation) for generation in generations]
         expose.check(self.control, table, schemas, known, self._command("expose"))
-        if both:
+        if row.stage is Stage.VERIFIED:
             self._check_follower(row, follow=follow, without_follower=without_follower)
         with self._following(follow and both):
             if row.stage is Stage.VERIFIED:
@@ -866,6 +866,8 @@ class Migration:
     def _drop_views(self, step: str, views: Sequence[ExposedView], limits: PauseLimits) -> list[str]:
         gone = expose.drop(self.control, self.ledger, step, views, limits, self.observe)
         kept = [view.schema for view in views if view.schema is not None and view.schema not in gone]
+        if gone:
+            self.observe(Note(f"the view in {', '.join(gone)} is gone: whoever used it has the bare table now"))
         if kept:
             self.observe(Note(f"schema {', '.join(kept)} holds something that is not ours: it stays, without our view"))
         return gone

@@ -616,7 +616,7 @@ def _findings(request: Request, facts: Facts, plan: Plan) -> list[Finding]:
                 f"{len(facts.star_statements)} recorded or prepared statement(s), such as: {facts.star_statements[0]}",
                 None,
                 "A prepared SELECT * fails once (0A000) when a column is added, until its connection is renewed.",
-                "list the columns, or reconnect after expand",
+                f"list the columns, reconnect after expand, or use its view first: revector expose {plan.argument}",
             )
         )
     found.append(Finding("downloads", facts.downloads or f"nothing; {facts.new.model} is at hand"))

@@ -314,8 +314,12 @@ def _cutover_words(shown: Preview) -> str:
         f"From expand on the table has one column more, and after finalize {plan.column} is its last one: SELECT *,"
         " INSERT and COPY without a column list see another order, and a prepared SELECT * fails once (0A000)."
     )
+    both = (
+        "Both versions of a program can work at once, before and after it, each with its own model:"
+        f" revector expose {plan.argument}."
+    )
     back = "rollback takes milliseconds as well and loses no write, until finalize drops the old vectors."
-    return "What cutover will mean\n" + "\n".join(paragraph(p, "  - ", hang="    ") for p in (bare, order, back))
+    return "What cutover will mean\n" + "\n".join(paragraph(p, "  - ", hang="    ") for p in (bare, both, order, back))
 
 
 def _statements(shown: Preview) -> str:
@@ -363,15 +367,13 @@ def exposed(done: Exposed, limits: Sequence[tuple[str, str]] = ()) -> str:
     """The views that are there, how a session uses each, and what they cannot do."""
     lines = [f"{done.table}: {done.summary}."]
     for model, path, answers in done.sides:
-        role = "the bare name answers with it too" if answers else "only by this view"
-        names = ", ".join(path.split(","))
         lines += [
-            f"  {model} ({role})",
-            f"      search_path={path}",
-            f"      with a pooler: ALTER ROLE ... SET search_path = {names};",
+            f"  {model}" + (", with which the bare name answers too" if answers else ", by its view alone"),
+            f"    set        search_path={path}",
+            f"    or, behind a pooler, for a role of its own: ALTER ROLE ... SET search_path = {path};",
         ]
     if done.sides and limits:
-        lines.append("A view can be read and written as the table can. What it cannot do, and the way round:")
+        lines.append("A view is read and written as the table is. What it cannot do, and the way round:")
         lines += [paragraph(f"{cannot}: {instead}", "  - ", hang="    ") for cannot, instead in limits]
     return "\n".join([*lines, f"next: {done.next}"])
 
@@ -396,8 +398,7 @@ def status(now: Status) -> str:
     rows.append(("rows", f"{now.rows:,}" + (f" ({', '.join(odd)})" if odd else "")))
     if now.other is not None:
         rows.append(("followers", _followers(now)))
-    paths = [(side.role, side.search_path) for _, side in columns if side.search_path]
-    rows += [(f"{role} by", f"search_path={path}") for role, path in paths]
+    rows += [("view", f"search_path={side.search_path}  ({role})") for role, side in columns if side.search_path]
     if now.written is not None:
         written, share, expected = now.written
         hoped = "" if expected is None else f", {expected:.0%} expected"

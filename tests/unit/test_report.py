@@ -89,7 +89,12 @@ def preview(*, old: int = 384, new: int = 768, method: str = "ivfflat", findings
         method="hnsw", opclass='"public"."vector_cosine_ops"', live_name="kb_idx", describe=lambda: "hnsw (m=16)"
     )
     plan = SimpleNamespace(
-        old=side("old-model", old), new=side("new-model", new), column="embedding", backup=None, indexes=(target,)
+        old=side("old-model", old),
+        new=side("new-model", new),
+        column="embedding",
+        backup=None,
+        indexes=(target,),
+        argument="kb",
     )
     estimate = SimpleNamespace(
         rows=1000, tokens=200_000, rate=5.0, backfill_seconds=200.0, index_seconds=3.0, verify_seconds=40.0,

@@ -25,15 +25,15 @@ from revector.work import Effect, Observer, Outcome, Recorded
 _GAP: Final = 0.2
 #: What a view cannot do, and the way round.
 LIMITS: Final = (
-    ("ON CONFLICT ON CONSTRAINT name", "ON CONFLICT (columns)"),
-    ("COPY kb FROM or TO", "INSERT of many rows; COPY (SELECT ... FROM kb) TO; or COPY the table by schema and name"),
-    ("TRUNCATE", "TRUNCATE the table by schema and name"),
-    ("ctid, xmin, WHERE CURRENT OF, TABLESAMPLE", "the key; or the table by schema and name"),
-    ("pg_get_serial_sequence('kb', ...), which gives NULL", "give it the table by schema and name"),
-    ("CREATE INDEX, ALTER TABLE and other DDL", "run the application's own migrations with the plain search_path"),
-    ("ALTER TYPE or DROP COLUMN of the table under a view", "expose --drop, the change, expose again"),
-    ("columns that are added to the table later, and new grants", "expose --refresh"),
-    ("the view named with its schema", "always by search_path: the trigger knows a writer's side by it"),
+    ("ON CONFLICT ON CONSTRAINT", "name the columns, ON CONFLICT (id)"),
+    ("COPY of the view, in or out", "COPY the table by schema and name; out also COPY (SELECT ...) TO"),
+    ("TRUNCATE", "the table by schema and name"),
+    ("ctid, xmin, WHERE CURRENT OF, TABLESAMPLE", "the key, or the table by schema and name"),
+    ("pg_get_serial_sequence, which gives NULL", "give it the table by schema and name"),
+    ("CREATE INDEX, ALTER TABLE and other DDL", "the application's own migrations keep the plain search_path"),
+    ("DROP COLUMN or another type under a view", "expose --drop, then the change, then expose"),
+    ("columns or grants that the table gets later", "expose --refresh"),
+    ("a view named with its schema", "use search_path alone: the trigger knows a writer's side by it"),
 )
 
 
@@ -100,7 +100,7 @@ def run(
         made.append(schema)
     told = f"{', '.join(made)} made {'anew' if refresh and known else 'and granted'}" if made else "the views are there"
     if stale:
-        told += f"; {', '.join(stale)} lack(s) columns that the table has now: --refresh"
+        told += f"; {', '.join(stale)}: not as the table is now (add --refresh)"
     return Outcome(told, {"made": made, "stale": stale})
 
 
