@@ -16,6 +16,7 @@
         ├── Interrupted            4  Ctrl-C or SIGTERM
         ├── Outage                 4  the model's provider does not answer
         ├── ServerLost             4  the database cannot be reached, or was lost
+        ├── BudgetSpent            4  the next request would cost more than was allowed
         └── PauseBudgetMissed      4  no lock within the pause budget
 
 The docstring of a class is its default message. Each error says what (`str(error)`), why (`error.why`)
@@ -123,6 +124,10 @@ class Outage(Resumable):
 
 class ServerLost(Resumable):
     """The database cannot be reached."""
+
+
+class BudgetSpent(Resumable):
+    """The money that was allowed is spent."""
 
 
 class PauseBudgetMissed(Resumable):

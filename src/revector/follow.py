@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Final
 
 import psycopg
@@ -25,6 +26,7 @@ from revector.errors import Closing, Interrupted, Refused, Resumable, RevectorEr
 from revector.ledger import Ledger, MigrationRow, Stage
 from revector.phases.backfill import Filler
 from revector.settings import Settings
+from revector.spending import Purse
 from revector.throttle import Throttle
 from revector.work import Health, Note, Observer, Progress, Work, checked_models
 
@@ -83,6 +85,7 @@ class Follower:
         self._ended = threading.Event()
         #: The plan's fingerprint, and its models: loaded and proven once, however often the server is lost.
         self._models: tuple[str, Mapping[int, Callable[[], Embedder]]] = ("", {})
+        self._purse: Purse | None = None
 
     def run(self) -> int:
         """Follow until stopped, or until the migration is closed; returns the rows filled.
@@ -108,11 +111,12 @@ class Follower:
         finally:
             self._ended.set()
             beats.join()
+            self.close()
         return self.filled
 
     def once(self) -> int:
         """Fill what is pending now, without being a follower that cutover counts on; returns the rows filled."""
-        with self.database.connect("follow once") as control:
+        with self.database.connect("follow once") as control, closing(self):
             work = self._work(control)
             if work is None:
                 return 0
@@ -128,13 +132,27 @@ class Follower:
                             raise
                 return filler.written
 
+    def close(self) -> None:
+        """Close the session that counts requests."""
+        if self._purse is not None:
+            self._purse.close()
+
     def _work(self, control: Session) -> tuple[MigrationRow, Work] | None:
         ledger = Ledger(control, self.table)
         row = ledger.latest()
         if row is None or not managed(row):
             return None
         if self._models[0] != row.fingerprint:
-            self._models = (row.fingerprint, checked_models(row.plan, self.settings))
+            if self._purse is not None:
+                self._purse.close()
+            self._purse = Purse(
+                self.database,
+                row.id,
+                row.plan.argument,
+                stop=self.stop,
+                note=lambda text: self.observe(Note(text)),
+            )
+            self._models = (row.fingerprint, checked_models(row.plan, self.settings, self._purse))
 
         def ledger_on(session: Session) -> Ledger:
             other = Ledger(session, self.table)

@@ -41,6 +41,7 @@ from revector.plan import (
     with_consents,
 )
 from revector.settings import Settings
+from revector.spending import Purse
 from revector.survey import check_vector, identify, survey
 from revector.throttle import NO_TUNING, Throttle, Tuning
 from revector.work import STEPS, Effect, Note, Observer, Outcome, Phase, Recorded, Work, checked_models
@@ -284,6 +285,7 @@ class Migration:
             raise
         self.ledger = Ledger(self.control, self.oid)
         self._unfollow = threading.Event()
+        self._purse: Purse | None = None
         self._started: tuple[Follower, threading.Thread] | None = None
 
     @classmethod
@@ -308,6 +310,8 @@ class Migration:
     def close(self) -> None:
         """Stop a follower of ours and close the connection; the lock goes with it."""
         self._stop_following()
+        if self._purse is not None:
+            self._purse.close()
         self.control.close()
 
     # -- look ---------------------------------------------------------------------------------------------------------
@@ -1193,7 +1197,7 @@ class Migration:
             control=self.control,
             ledger=self.ledger,
             ledger_on=ledger_on,
-            models=checked_models(row.plan, self.settings),
+            models=checked_models(row.plan, self.settings, self._purse_of(row)),
             observe=self.observe,
             stop=self.stop,
             batch_size=row.batch_size,
@@ -1205,6 +1209,16 @@ class Migration:
         )
         work.catch_up = lambda numbers: backfill.catch_up(work, numbers)
         return work
+
+    def _purse_of(self, row: MigrationRow) -> Purse:
+        """What this process counts its requests with."""
+        if self._purse is None or self._purse.migration != row.id:
+            if self._purse is not None:
+                self._purse.close()
+            self._purse = Purse(
+                self.database, row.id, self.argument, stop=self.stop, note=lambda text: self.observe(Note(text))
+            )
+        return self._purse
 
     def _command(self, verb: str) -> str:
         return f"revector {verb} {self.argument}"

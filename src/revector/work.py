@@ -11,11 +11,12 @@ from typing import Any, Final, Protocol
 from psycopg import sql
 
 from revector.db import DEFAULT_LIMITS, Database, Pause, PauseLimits, Session, block, raw
-from revector.embed import Embedder, Identity
+from revector.embed import Embedder, Identity, Meter
 from revector.errors import Interrupted
 from revector.partitions import Leaf, leaves
 from revector.plan import Generation, Plan
 from revector.settings import Settings
+from revector.spending import Purse
 from revector.throttle import Throttle
 
 #: Every step that changes something, in order. Each ends with its row in the ledger; a kill test stands for each.
@@ -142,8 +143,11 @@ def _in_format(text: str) -> sql.Composable:
     return raw(text.replace("'", "''").replace("%", "%%"))
 
 
-def checked_models(plan: Plan, settings: Settings) -> dict[int, Callable[[], Embedder]]:
-    """Generation number -> its model: loaded at first use, and proven to be the plan's before its first vector."""
+def checked_models(plan: Plan, settings: Settings, purse: Purse | None = None) -> dict[int, Callable[[], Embedder]]:
+    """Generation number -> its model: loaded at first use, and proven to be the plan's before its first vector.
+
+    What a model behind an address is asked is counted in the purse.
+    """
 
     def source(generation: Generation) -> Callable[[], Embedder]:
         lock = threading.Lock()
@@ -152,7 +156,8 @@ def checked_models(plan: Plan, settings: Settings) -> dict[int, Callable[[], Emb
         def model() -> Embedder:
             with lock:
                 if not ready:
-                    embedder = embedder_for(generation.model, settings)
+                    account = purse.account(generation.number, generation.model.model) if purse else None
+                    embedder = embedder_for(generation.model, settings, account)
                     embedder.check_identity(generation.model)
                     ready.append(embedder)
             return ready[0]
@@ -162,7 +167,7 @@ def checked_models(plan: Plan, settings: Settings) -> dict[int, Callable[[], Emb
     return {generation.number: source(generation) for generation in (plan.old, plan.new)}
 
 
-def embedder_for(identity: Identity, settings: Settings) -> Embedder:
+def embedder_for(identity: Identity, settings: Settings, meter: Meter | None = None) -> Embedder:
     """The model of a recorded identity; `dimensions` is asked of a provider only where the settings ask for it."""
     asked = settings.embedding_dimension if settings.embedding_dimension == identity.dimension else None
     return Embedder(
@@ -171,6 +176,7 @@ def embedder_for(identity: Identity, settings: Settings) -> Embedder:
         settings=settings,
         document_prompt=identity.document_prompt,
         query_prompt=identity.query_prompt,
+        meter=meter,
     )
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import base64
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +12,7 @@ import pytest
 import stamina
 from pydantic import SecretStr
 
+from fix_provider import KEY, Answer, Stand, error, good, standing
 from revector.embed import Embedder
 from revector.embed.remote import _pause, _Unanswered
 from revector.errors import (
@@ -30,68 +28,11 @@ from revector.settings import Settings
 
 pytest.importorskip("openai", reason="the extra `openai` is not installed")
 
-KEY = "sk-secret-0123456789"
-Answer = tuple[int, dict[str, str], Any]
-
-
-class Stand(ThreadingHTTPServer):
-    """A provider that embeds with `hash:8` until `script` says otherwise."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests: list[dict[str, Any]] = []
-        self.keys: list[str] = []
-        self.script: Callable[[dict[str, Any]], Answer | None] = lambda request: None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def embedder(self, **options: Any) -> Embedder:
-        settings = Settings(_env_file=None, openai_base_url=self.url, openai_api_key=SecretStr(KEY))
-        return Embedder("openai:stand-in", settings=settings, **options)
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Stand
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.requests.append(request)
-        self.server.keys.append(self.headers["authorization"])
-        status, headers, body = self.server.script(request) or (200, {}, good(request))
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"content-type": "application/json", **headers, "content-length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-def good(request: dict[str, Any]) -> dict[str, Any]:
-    vectors = Embedder(f"hash:{request.get('dimensions', 8)}").encode(request["input"])
-    data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(vectors.tolist())]
-    return {"object": "list", "model": "stand-in-2026", "data": data, "usage": {"prompt_tokens": 1, "total_tokens": 1}}
-
-
-def error(status: int, message: str, code: str | None = None, **headers: str) -> Answer:
-    return status, headers, {"error": {"message": message, "type": "error", "code": code}}
-
 
 @pytest.fixture
 def stand() -> Iterator[Stand]:
-    server = Stand()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    with stamina.set_testing(True, attempts=3, cap=True):
+    with standing() as server, stamina.set_testing(True, attempts=3, cap=True):
         yield server
-    server.shutdown()
-    server.server_close()
 
 
 def everything(raised: RevectorError) -> str:

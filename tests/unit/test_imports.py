@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"errors", "settings", "embed", "quality", "catalog", "partitions"},
     # what is done; neither a phase nor what it is given knows the ledger
     "trigger": {"errors", "db", "catalog", "plan"},
-    "work": {"errors", "settings", "embed", "db", "catalog", "plan", "partitions", "throttle"},
+    "spending": {"errors", "settings", "embed", "db"},
+    "work": {"errors", "spending", "settings", "embed", "db", "catalog", "plan", "partitions", "throttle"},
     "phases": {
         "errors",
         "settings",
@@ -63,8 +64,9 @@ ALLOWED: dict[str, set[str]] = {
         "phases",
         "trigger",
         "throttle",
+        "spending",
     },
-    "migration": {"errors", "settings", "embed", "quality", "db", "catalog", "plan"}
+    "migration": {"errors", "spending", "settings", "embed", "quality", "db", "catalog", "plan"}
     | {"trigger", "work", "phases", "ledger", "search", "survey", "follow", "moment", "throttle"},
     # what is told of it; `report` imports the outcomes for their types alone
     "maintenance": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from revector.embed.embedder import Embedder
+from revector.embed.embedder import Embedder, Meter
 from revector.embed.spec import Identity, Refusal, Spec, known_models, parse
 
-__all__ = ["Embedder", "Identity", "Refusal", "Spec", "known_models", "parse"]
+__all__ = ["Embedder", "Identity", "Meter", "Refusal", "Spec", "known_models", "parse"]

@@ -27,6 +27,19 @@ SAME_MODEL = 0.999
 _SHORTEST = 1e-12
 
 
+class Meter(Protocol):
+    """Counts the requests of a model behind an address, and holds them back where there are limits."""
+
+    #: Tokens that one request of several texts should not pass; None: no limit.
+    most: int | None
+
+    def before(self, tokens: int) -> None:
+        """A request of about so many tokens is to be sent: wait, or raise."""
+
+    def after(self, estimated: int, actual: int | None) -> None:
+        """It cost so many; None: not known."""
+
+
 class Provider(Protocol):
     """What `Embedder` needs of a loaded model."""
 
@@ -71,12 +84,14 @@ class Embedder:
         settings: Settings | None = None,
         document_prompt: str = "",
         query_prompt: str = "",
+        meter: Meter | None = None,
     ) -> None:
         self._parsed = parse(spec)
         #: The canonical spelling.
         self.spec = str(self._parsed)
         self._asked = dimension
         self._settings = settings
+        self._meter = meter
         self._prompts = {"document": document_prompt, "query": query_prompt}
         self._provider: Provider | None = None
         self._loading = threading.Lock()
@@ -211,7 +226,7 @@ class Embedder:
             from revector.embed.remote import Remote
             from revector.settings import Settings
 
-            return Remote(name, self._settings or Settings.load(), dimensions=self._asked)
+            return Remote(name, self._settings or Settings.load(), dimensions=self._asked, meter=self._meter)
         from revector.embed.local import Local
 
         return Local(name, self.spec)
@@ -244,6 +259,8 @@ class Embedder:
         if provider.pads and len(texts) > 1:
             tokens = self.count_tokens(texts)
             order.sort(key=lambda i: -int(tokens[i]))
+            if self._meter is not None and self._meter.most is not None:
+                return _cut(order, tokens, size, self._meter.most)
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def _encode_batch(self, texts: list[str], kind: Kind) -> NDArray[np.float32]:
@@ -284,6 +301,19 @@ class Embedder:
                 why="It refuses a harmless probe text as well, so no row is to blame and none was recorded as failed.",
                 hint="correct the model's name or settings, then repeat the command",
             ) from None
+
+
+def _cut(order: list[int], tokens: NDArray[np.int64], size: int, most: int) -> list[list[int]]:
+    """Batches of at most `size` texts and, where it is several, about `most` tokens."""
+    batches: list[list[int]] = []
+    room = 0
+    for i in order:
+        if not batches or len(batches[-1]) == size or tokens[i] > room:
+            batches.append([])
+            room = most
+        batches[-1].append(i)
+        room -= int(tokens[i])
+    return batches
 
 
 def _is_unicode(text: str) -> bool:

@@ -27,6 +27,7 @@ import numpy as np
 import stamina
 from numpy.typing import NDArray
 
+from revector.embed.embedder import Meter
 from revector.embed.spec import PROBES
 from revector.errors import (
     DimensionMismatch,
@@ -69,8 +70,8 @@ class Remote:
     batch_size = 128
     pads = True
 
-    def __init__(self, name: str, settings: Settings, *, dimensions: int | None) -> None:
-        """`dimensions` is sent as such, when it is given. Raises as `encode` does."""
+    def __init__(self, name: str, settings: Settings, *, dimensions: int | None, meter: Meter | None = None) -> None:
+        """`dimensions` is sent as such, when it is given; `meter` is asked around each request. Raises as `encode` does."""
         try:
             import openai
         except ImportError:
@@ -94,6 +95,7 @@ class Remote:
         self._where = f"{url.scheme}://{url.hostname}" + (f":{url.port}" if url.port else "") + url.path
         self._openai = openai
         self._asked = dimensions
+        self._meter = meter
         # Servers of one's own often want no key, but the client wants one; an empty header would be malformed.
         self._client = openai.OpenAI(
             api_key=self._key or "none", base_url=settings.openai_base_url, max_retries=0, timeout=REQUEST_SECONDS
@@ -121,13 +123,28 @@ class Remote:
             _pause, attempts=ATTEMPTS, timeout=RETRY_SECONDS, wait_initial=0.5, wait_max=20.0, wait_jitter=1.0
         ):
             with attempt:
-                body = self._post(inputs)
+                body = self._metered(inputs)
         vectors = self._read(body, len(texts))
         if self.dimension and vectors.shape[1] != self.dimension:
             raise DimensionMismatch(
                 f"openai:{self._name}", vectors.shape[1], self.dimension, why=f"{self._where} changed its answers."
             )
         return vectors
+
+    def _metered(self, inputs: list[str]) -> str:
+        """One request, counted before it is sent; what the server refuses costs nothing, what it does not answer may."""
+        if self._meter is None:
+            return self._post(inputs)
+        tokens = int(self.count_tokens(inputs).sum())
+        self._meter.before(tokens)
+        try:
+            body = self._post(inputs)
+        except RevectorError as error:
+            if not (isinstance(error, _Unanswered) and error.unanswered):
+                self._meter.after(tokens, 0)
+            raise
+        self._meter.after(tokens, _usage(body))
+        return body
 
     def _post(self, inputs: list[str]) -> str:
         """One request; what goes wrong is translated here, before a retry logs it, so that no log holds a secret."""
@@ -144,7 +161,7 @@ class Remote:
     def _translate(self, error: Any) -> RevectorError:
         model = f"openai:{self._name}"
         if isinstance(error, self._openai.APITimeoutError):
-            return self._outage(f"no answer within {REQUEST_SECONDS:g} s")
+            return self._outage(f"no answer within {REQUEST_SECONDS:g} s", unanswered=True)
         if isinstance(error, self._openai.APIConnectionError):
             return self._outage("no connection")
         if not isinstance(error, self._openai.APIStatusError):
@@ -175,12 +192,13 @@ class Remote:
             return InputRefused(f"{model}: {said}", kind="too_long" if long else "refused")
         return self._no_server(f"status {status}: {said}")
 
-    def _outage(self, reason: str, retry_after: str = "") -> _Unanswered:
+    def _outage(self, reason: str, retry_after: str = "", *, unanswered: bool = False) -> _Unanswered:
         return _Unanswered(
             f"openai:{self._name} does not answer at {self._where}",
             why=f"The last of up to {ATTEMPTS} tries: {reason}. What is done is kept.",
             hint="repeat the command when the provider answers again",
             retry_after=retry_after,
+            unanswered=unanswered,
         )
 
     def _no_server(self, reason: str) -> UsageError:
@@ -215,8 +233,10 @@ class Remote:
 class _Unanswered(Outage):
     """The model's provider does not answer."""
 
-    def __init__(self, what: str, *, why: str, hint: str, retry_after: str) -> None:
+    def __init__(self, what: str, *, why: str, hint: str, retry_after: str, unanswered: bool = False) -> None:
         super().__init__(what, why=why, hint=hint)
+        #: Whether the server may have done the work, and charge for it.
+        self.unanswered = unanswered
         #: The server's header of that name, "" where there was none.
         self.retry_after = retry_after
 
@@ -232,6 +252,15 @@ def _pause(error: Exception) -> bool | float:
     if 0 < seconds <= LONGEST_PAUSE:
         return seconds
     return not seconds > LONGEST_PAUSE
+
+
+def _usage(body: str) -> int | None:
+    """The tokens that the server says it has charged for; None: it does not say."""
+    try:
+        told = json.loads(body)["usage"]["total_tokens"]
+        return int(told) if told > 0 else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _vector(value: str | list[float | None]) -> NDArray[np.float32]:
