@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -19,7 +20,7 @@ Answer = tuple[int, dict[str, str], Any]
 
 
 class Stand(ThreadingHTTPServer):
-    """A provider that embeds with `hash:8` until `script` says otherwise."""
+    """A provider whose model `NAME-16` embeds as `hash:16` does, and any other as `hash:8`, until `script` says otherwise."""
 
     daemon_threads = True
 
@@ -46,21 +47,29 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(request)
         self.server.keys.append(self.headers["authorization"])
         status, headers, body = self.server.script(request) or (200, {}, good(request))
+        if not status:  # hang up
+            self.close_connection = True
+            return
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {"content-type": "application/json", **headers, "content-length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        with suppress(BrokenPipeError):  # a client that waits no longer
+            self.wfile.write(data)
 
     def log_message(self, *arguments: Any) -> None:
         pass
 
 
 def good(request: dict[str, Any]) -> dict[str, Any]:
-    vectors = Embedder(f"hash:{request.get('dimensions', 8)}").encode(request["input"])
+    named = re.search(r"-(\d+)$", request["model"])
+    dimension = request.get("dimensions") or (int(named[1]) if named else 8)
+    vectors = Embedder(f"hash:{dimension}").encode(request["input"])
+    tokens = sum(-(-len(text.encode()) // 4) for text in request["input"])
     data = [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(vectors.tolist())]
-    return {"object": "list", "model": "stand-in-2026", "data": data, "usage": {"prompt_tokens": 1, "total_tokens": 1}}
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "model": "stand-in-2026", "data": data, "usage": usage}
 
 
 def error(status: int, message: str, code: str | None = None, **headers: str) -> Answer:

@@ -12,8 +12,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from typing import Final
 
 import psycopg
@@ -121,7 +121,9 @@ class Follower:
             if work is None:
                 return 0
             row, ready = work
-            with Filler(ready, managed(row), paced=True) as filler:
+            # Who asks for it wants refused texts tried again: the model may have been at fault.
+            ready.ledger.retry_failures()
+            with self._explained(row), Filler(ready, managed(row), paced=True) as filler:
                 for last in (False, False, True):
                     try:
                         filler.drain()
@@ -131,6 +133,14 @@ class Follower:
                         if last:
                             raise
                 return filler.written
+
+    @contextmanager
+    def _explained(self, row: MigrationRow) -> Iterator[None]:
+        try:
+            yield
+        except RevectorError as error:
+            row.explain(error, f"revector follow {row.plan.argument} --once")
+            raise
 
     def close(self) -> None:
         """Close the session that counts requests."""
@@ -183,6 +193,8 @@ class Follower:
                 return False
             row, work = found
             ledger = Ledger(control, self.table)
+            # The model may have been at fault when it refused them.
+            work.ledger.retry_failures()
             numbers: tuple[int, ...] = ()
             filler: Filler | None = None
             try:

@@ -16,7 +16,7 @@ from psycopg.types.json import Jsonb
 
 from revector.db import Session, block
 from revector.embed.spec import Identity
-from revector.errors import Refused
+from revector.errors import BudgetSpent, InputRefused, ModelChanged, Outage, Refused, RevectorError, UsageError
 from revector.plan import ExposedView, Plan, TargetIndex
 from revector.throttle import Tuning
 
@@ -106,6 +106,21 @@ class MigrationRow:
     limits: Tuning
     opened: datetime
     changed: datetime
+
+    @property
+    def standing(self) -> str:
+        """In one sentence: how far it is, and which model answers."""
+        answering = self.plan.new if self.stage in (Stage.CUT_OVER, Stage.FINALIZED) else self.plan.old
+        return f"The migration is at {self.stage}; {answering.model.model} answers."
+
+    def explain(self, error: RevectorError, command: str) -> None:
+        """Complete what a model's failure says: what is true now, and the exact next command."""
+        if not isinstance(error, (UsageError, InputRefused, ModelChanged, Outage, BudgetSpent)) or self.stage.closed:
+            return
+        if self.standing not in error.why:
+            error.why = f"{error.why} {self.standing}".strip()
+        if command not in error.hint:
+            error.hint = f"{error.hint}\nthen the same command again: {command}".strip()
 
 
 @dataclass(frozen=True, slots=True)

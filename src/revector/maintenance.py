@@ -52,8 +52,7 @@ def standing(database: Database, table: int) -> str:
         row = Ledger(session, table).latest()
         if row is None:
             return ""
-        answering = row.plan.new if row.stage in (Stage.CUT_OVER, Stage.FINALIZED) else row.plan.old
-        return f"The migration is at {row.stage}; {answering.model.model} answers."
+        return row.standing
 
 
 def uninstall(database: Database) -> bool:

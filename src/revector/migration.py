@@ -6,17 +6,18 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
+import psycopg
 from psycopg import sql
 
 from revector import ledger as ledgers
 from revector import trigger
 from revector.catalog import Table, dependents, find_table, publishing, read_server, read_table
 from revector.db import DEFAULT_LIMITS, Database, PauseLimits, Session, block, raw, translated
-from revector.errors import Busy, GateFailed, Interrupted, Refused, ServerLost
+from revector.errors import Busy, GateFailed, Interrupted, Refused, RevectorError, ServerLost
 from revector.follow import Follower
 from revector.ledger import NEXT, Event, Ledger, LiveGeneration, MigrationRow, Stage, Vigil
 from revector.moment import AT_ONCE, Moment, wait
@@ -402,7 +403,7 @@ class Migration:
         """
         request = _asked(request, to, from_)
         self.observe = observe or self.observe
-        with translated(self._command("run")):
+        with self._explained("run"):
             self.observe(Phase(1, len(_PHASES), _PHASES[0]))
             row = self._opened(request)
             if tuning:
@@ -719,7 +720,7 @@ class Migration:
         limits: PauseLimits,
         when: Moment,
     ) -> Result:
-        with translated(self._command(command)):
+        with self._explained(command):
             row = self.ledger.check_transition(command, self.latest(), self.name)
             self._check_same_dimension(row, bare_writers_stopped, command)
             work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending, limits=limits)
@@ -938,7 +939,7 @@ class Migration:
         limits: PauseLimits,
     ) -> Result:
         assert command in ("finalize", "abort")
-        with translated(self._command(command)):
+        with self._explained(command):
             row = self.ledger.check_transition(command, self.latest(), self.name)
             plan = row.plan
             keep = plan.new if command == "finalize" else plan.old
@@ -1209,6 +1210,18 @@ class Migration:
         )
         work.catch_up = lambda numbers: backfill.catch_up(work, numbers)
         return work
+
+    @contextmanager
+    def _explained(self, command: str) -> Iterator[None]:
+        """PostgreSQL's errors become ours, and a model's failure says what is true now and what to do next."""
+        with translated(self._command(command)):
+            try:
+                yield
+            except RevectorError as error:
+                with suppress(psycopg.Error):  # the first error is the one that counts
+                    if (row := self.latest()) is not None:
+                        row.explain(error, self._command(command))
+                raise
 
     def _purse_of(self, row: MigrationRow) -> Purse:
         """What this process counts its requests with."""

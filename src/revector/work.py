@@ -118,6 +118,7 @@ class LedgerView(Protocol):
     def make_windows(self, sweep: int, relation: int, blocks: int, end: int) -> None: ...  # noqa: D102
     def cut(self, sweep: int) -> frozenset[int]: ...  # noqa: D102
     def release_leases(self) -> None: ...  # noqa: D102
+    def retry_failures(self) -> None: ...  # noqa: D102
     def failures(self, generation: int) -> Mapping[int, Any]: ...  # noqa: D102
     def unsettled(self, generation: int) -> str | None: ...  # noqa: D102
     def settle_swap(self, swapped: str) -> None: ...  # noqa: D102

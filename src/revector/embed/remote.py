@@ -155,8 +155,11 @@ class Remote:
                 model=self._name, input=inputs, encoding_format="float", **options
             )
         except self._openai.APIError as error:
-            raise self._translate(error) from None
-        return str(answer.http_response.text)
+            failure = self._translate(error)
+        else:
+            return str(answer.http_response.text)
+        # Out here, so that the provider's own error, which may hold the key, is not even this one's context.
+        raise failure
 
     def _translate(self, error: Any) -> RevectorError:
         model = f"openai:{self._name}"
