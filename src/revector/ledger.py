@@ -16,7 +16,7 @@ from psycopg.types.json import Jsonb
 
 from revector.db import Session, block
 from revector.embed.spec import Identity
-from revector.errors import BudgetSpent, InputRefused, ModelChanged, Outage, Refused, RevectorError, UsageError
+from revector.errors import BudgetSpent, GateFailed, ModelChanged, Outage, Refused, RevectorError, UsageError
 from revector.plan import ExposedView, Plan, TargetIndex
 from revector.throttle import Tuning
 
@@ -115,11 +115,11 @@ class MigrationRow:
 
     def explain(self, error: RevectorError, command: str) -> None:
         """Complete what a model's failure says: what is true now, and the exact next command."""
-        if not isinstance(error, (UsageError, InputRefused, ModelChanged, Outage, BudgetSpent)) or self.stage.closed:
+        if not isinstance(error, (UsageError, GateFailed, ModelChanged, Outage, BudgetSpent)) or self.stage.closed:
             return
-        if self.standing not in error.why:
+        if "answers" not in error.why:
             error.why = f"{error.why} {self.standing}".strip()
-        if command not in error.hint:
+        if "revector " not in error.hint or "revector tune" in error.hint:
             error.hint = f"{error.hint}\nthen the same command again: {command}".strip()
 
 

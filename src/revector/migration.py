@@ -751,6 +751,13 @@ class Migration:
                     left = work.catch_up(both)
                     told |= {"left": dict(left), "without_follower": without_follower}
                 self._check_outside(work, back=back)
+                # The model may have refused something only now.
+                if back:
+                    self._tell_refused(work, row.plan.old)
+                else:
+                    self._check_refused(
+                        work, row.plan.new, allow_failed, command, "Those rows would vanish from search."
+                    )
                 if any(left.values()):
                     self.observe(
                         Note(f"{max(left.values())} rows were written since, or are locked; the follower fills them")
@@ -998,6 +1005,15 @@ class Migration:
                 why=f"{why} The first: {refused[0].error}. Nothing was changed.",
                 hint=f"correct those texts, then: revector follow {self.argument} --once\n"
                 f"or accept them: revector {command} {self.argument} --allow-failed {len(refused)}",
+            )
+
+    def _tell_refused(self, work: Work, generation: Generation) -> None:
+        if refused := work.refused(generation):
+            self.observe(
+                Note(
+                    f"{generation.model.model} refuses {len(refused)} texts: search does not find their rows until it takes"
+                    f" them. The first: {refused[0].error}"
+                )
             )
 
     def _check_outside(self, work: Work, *, back: bool) -> None:

@@ -170,8 +170,7 @@ class Account:
         raise BudgetSpent(
             f"{self.model}: the next request would cost {more:,.4g}, and {before:,.4g} of {limits.max_cost:,.4g} are spent",
             why=f"{spent:,} tokens so far, at {limits.price:,g} a million. It was not sent; what is done is kept.",
-            hint=f"allow more: revector tune {self.purse.argument} --max-cost {_more(before + more)}\n"
-            "then give the same command again",
+            hint=f"allow more: revector tune {self.purse.argument} --max-cost {_more(before + more)}",
         )
 
 
