@@ -291,6 +291,39 @@ PerHour = Annotated[
         help="Say what the machine's time costs.",
     ),
 ]
+MaxRequests = Annotated[
+    int | None,
+    typer.Option(
+        "--max-requests-per-minute",
+        min=1,
+        metavar="N",
+        show_default=False,
+        rich_help_panel=MONEY,
+        help="Of each openai: model, all workers together. Default: no limit.",
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens-per-minute",
+        min=1,
+        metavar="N",
+        show_default=False,
+        rich_help_panel=MONEY,
+        help="Of each openai: model, all workers together. Default: no limit.",
+    ),
+]
+MaxCost = Annotated[
+    float | None,
+    typer.Option(
+        "--max-cost",
+        min=0,
+        metavar="AMOUNT",
+        show_default=False,
+        rich_help_panel=MONEY,
+        help="What the whole migration may spend on openai: models; wants a price.",
+    ),
+]
 AllowFailed = Annotated[
     int, typer.Option("--allow-failed", min=0, metavar="N", help="Texts that the model may refuse. Default: 0.")
 ]
@@ -593,6 +626,10 @@ def run(
     include_null: IncludeNull = False,
     allow_failed: AllowFailed = 0,
     max_rows_per_second: MaxRows = None,
+    per_million: PerMillion = None,
+    max_cost: MaxCost = None,
+    max_requests_per_minute: MaxRequests = None,
+    max_tokens_per_minute: MaxTokens = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan, as the command plan does.")] = False,
     cutover: Annotated[
         bool,
@@ -636,7 +673,7 @@ def run(
     _not_both(follow, without_follower)
     limits, when = _limits(max_pause_ms, attempts), _moment(at, when_file)
     if dry_run:
-        _plan(table, request, verbose)
+        _plan(table, request, verbose, per_million=per_million)
         return
     with _steering(table, verbose) as (migration, terminal):
         began = time.monotonic()
@@ -650,7 +687,13 @@ def run(
             allow_pending=allow_pending,
             limits=limits,
             when=when,
-            tuning=_given(max_rows_per_second=max_rows_per_second),
+            tuning=_given(
+                max_rows_per_second=max_rows_per_second,
+                price=per_million,
+                max_cost=max_cost,
+                requests_per_minute=max_requests_per_minute,
+                tokens_per_minute=max_tokens_per_minute,
+            ),
         )
         _done(migration, terminal, done, began, follow=follow)
 
@@ -973,6 +1016,37 @@ def tune(
             help="How late a standby may be before run waits; none: do not look. Default: 10.",
         ),
     ] = None,
+    max_requests_per_minute: Annotated[
+        str | None,
+        typer.Option(
+            "--max-requests-per-minute",
+            metavar="N",
+            show_default=False,
+            rich_help_panel=MONEY,
+            help="Of each openai: model, all workers together; none: no limit.",
+        ),
+    ] = None,
+    max_tokens_per_minute: Annotated[
+        str | None,
+        typer.Option(
+            "--max-tokens-per-minute",
+            metavar="N",
+            show_default=False,
+            rich_help_panel=MONEY,
+            help="The same in tokens; none: no limit.",
+        ),
+    ] = None,
+    max_cost: Annotated[
+        str | None,
+        typer.Option(
+            "--max-cost",
+            metavar="AMOUNT",
+            show_default=False,
+            rich_help_panel=MONEY,
+            help="What the whole migration may spend; none: no limit.",
+        ),
+    ] = None,
+    per_million: PerMillion = None,
     verbose: Verbose = False,
 ) -> None:
     """Change the limits of a migration, also while it works.
@@ -982,9 +1056,17 @@ def tune(
     Example: revector tune knowledge_base --max-rows-per-second 200
     """
     changes: dict[str, float | None] = {}
-    for name, given in (("max_rows_per_second", max_rows_per_second), ("max_lag", max_lag)):
+    for name, field, given in (
+        ("max_rows_per_second", "max_rows_per_second", max_rows_per_second),
+        ("max_lag", "max_lag", max_lag),
+        ("max_requests_per_minute", "requests_per_minute", max_requests_per_minute),
+        ("max_tokens_per_minute", "tokens_per_minute", max_tokens_per_minute),
+        ("max_cost", "max_cost", max_cost),
+    ):
         if given is not None:
-            changes[name] = _limit(name, given)
+            value = _limit(name, given)
+            changes[field] = int(max(value, 1)) if value is not None and field.endswith("_minute") else value
+    changes |= _given(price=per_million)
     if max_lag is not None and changes["max_lag"] is None:
         changes["max_lag"] = 0.0
     if not changes and batch_size is None:

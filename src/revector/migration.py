@@ -17,7 +17,7 @@ from revector import ledger as ledgers
 from revector import trigger
 from revector.catalog import Table, dependents, find_table, publishing, read_server, read_table
 from revector.db import DEFAULT_LIMITS, Database, PauseLimits, Session, block, raw, translated
-from revector.errors import Busy, GateFailed, Interrupted, Refused, RevectorError, ServerLost
+from revector.errors import Busy, GateFailed, Interrupted, Refused, RevectorError, ServerLost, UsageError
 from revector.follow import Follower
 from revector.ledger import NEXT, Event, Ledger, LiveGeneration, MigrationRow, Stage, Vigil
 from revector.moment import AT_ONCE, Moment, wait
@@ -42,7 +42,7 @@ from revector.plan import (
     with_consents,
 )
 from revector.settings import Settings
-from revector.spending import Purse
+from revector.spending import MONEY, Purse, Spent, check_price, spent
 from revector.survey import check_vector, identify, survey
 from revector.throttle import NO_TUNING, Throttle, Tuning
 from revector.work import STEPS, Effect, Note, Observer, Outcome, Phase, Recorded, Work, checked_models
@@ -151,6 +151,8 @@ class Status:
     written: tuple[int, float, float | None] | None = None
     #: The followers that live.
     vigil: tuple[Vigil, ...] = ()
+    #: What models behind an address were asked; None: nothing.
+    spent: Spent | None = None
     #: What is wrong now; a monitor shows red when there is any.
     alerts: tuple[Alert, ...] = ()
 
@@ -179,6 +181,14 @@ class Status:
             "backup": None
             if self.backup is None
             else {"table": self.backup[0], "bytes": self.backup[1], "age_s": round(self.backup[2])},
+            "spent": None
+            if self.spent is None
+            else {
+                "tokens": self.spent.tokens,
+                "requests": self.spent.requests,
+                "cost": None if self.spent.cost is None else round(self.spent.cost, 6),
+                "max_cost": self.spent.max_cost,
+            },
             "alerts": [{"kind": a.kind, "what": a.what, "next": a.next} for a in self.alerts],
             "vigil": [
                 {"host": f.host, "pid": f.pid, "active": f.active, "filled": f.filled, "oldest_s": round(f.oldest),
@@ -405,6 +415,10 @@ class Migration:
         self.observe = observe or self.observe
         with self._explained("run"):
             self.observe(Phase(1, len(_PHASES), _PHASES[0]))
+            before = self.latest()
+            check_price(
+                NO_TUNING if before is None or before.stage.closed else before.limits, tuning or {}, self.argument
+            )
             row = self._opened(request)
             if tuning:
                 row = self._tuned("tuned", row, tuning)
@@ -626,6 +640,15 @@ class Migration:
     def _tuned(
         self, step: str, row: MigrationRow, changes: Mapping[str, float | None], batch_size: int | None = None
     ) -> MigrationRow:
+        models = [row.plan.old.model.model, row.plan.new.model.model]
+        check_price(row.limits, changes, self.argument)
+        given = [flag for field, flag in MONEY.items() if changes.get(field) is not None]
+        if given and not any(model.startswith("openai:") for model in models):
+            raise UsageError(
+                f"{', '.join(given)}: neither {models[0]} nor {models[1]} is asked over a network",
+                why="Their requests cost nothing and have no limits. Nothing was changed.",
+                hint=f"leave it out; to write more slowly: revector tune {self.argument} --max-rows-per-second N",
+            )
         self.ledger.tune(step, dict(changes), batch_size)
         return self.latest() or row
 
@@ -1362,6 +1385,7 @@ class Migration:
             row.limits,
             self._written(row),
             tuple(vigil := self.ledger.vigil()),
+            spent(self.control, row.id, row.limits),
             self._alerts(row, [s for s in (live, second) if s is not None], vigil) if guarded else (),
         )
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from revector.migration import Exposed, Missing, Preview, Result, Side, Status
     from revector.plan import Finding, Request, TargetIndex
     from revector.search import SearchResult
+    from revector.spending import Spent
     from revector.throttle import Tuning
 
 #: What fits a terminal that nobody has widened.
@@ -412,8 +413,16 @@ def status(now: Status) -> str:
         rows.append(("backup", f"{name}, {size(bytes_)}, made {duration(age)} ago"))
     if now.closing:
         rows.append(("closing", f"writes are not guarded any more: {now.closing} must be completed"))
+    if now.spent is not None:
+        rows.append(("spent", _spent(now.spent)))
     rows += [("ALERT", f"{alert.what}; {alert.next}") for alert in now.alerts]
     return "\n".join([head, *(f"  {name:<11}{told}" for name, told in rows), f"next: {now.next}"])
+
+
+def _spent(spent: Spent) -> str:
+    cost = "" if spent.cost is None else f", {spent.cost:,.4g}"
+    of = "" if spent.cost is None or spent.max_cost is None else f" of {spent.max_cost:,.4g}"
+    return f"{spent.tokens:,} tokens in {spent.requests:,} requests{cost}{of}"
 
 
 def _followers(now: Status) -> str:

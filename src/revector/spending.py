@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from revector.db import Database, Session, block
-from revector.errors import BudgetSpent, Interrupted
+from revector.errors import BudgetSpent, Interrupted, UsageError
+from revector.throttle import Tuning
 
 #: Seconds between two looks while a limit holds a request back: it may be changed meanwhile.
 _LOOK: Final = 0.5
@@ -23,20 +24,13 @@ _LOOK: Final = 0.5
 _SHARE: Final = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the operator has set for the models behind an address; None: no limit."""
-
-    tokens_per_minute: int | None = None
-    requests_per_minute: int | None = None
-    #: What a million tokens costs, and what the migration may cost in all, in the same currency.
-    price: float | None = None
-    max_cost: float | None = None
-
-    @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Limits:
-        """From the ledger's column `limits`; other keys are not ours."""
-        return cls(**{name: told[name] for name in cls.__slots__ if name in told})
+#: Field of `Tuning` -> the option that sets it.
+MONEY: Final = {
+    "requests_per_minute": "--max-requests-per-minute",
+    "tokens_per_minute": "--max-tokens-per-minute",
+    "price": "--price-per-million-tokens",
+    "max_cost": "--max-cost",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +135,7 @@ class Account:
                     self._entered = True
                 rows = session.rows(block("spending", "look"), migration=self.purse.migration)
                 own = next(row for row in rows if row.generation == self.generation)
-                limits = Limits.from_json(own.limits)
+                limits = Tuning.from_json(own.limits)
                 self.most = limits.tokens_per_minute and max(limits.tokens_per_minute // _SHARE, 1)
                 self._check(limits, sum(row.tokens for row in rows), tokens)
                 waits = (
@@ -161,7 +155,7 @@ class Account:
             self.purse.tell(f"the limit of {limit:,} {what} for {self.model}")
         return wait
 
-    def _check(self, limits: Limits, spent: int, tokens: int) -> None:
+    def _check(self, limits: Tuning, spent: int, tokens: int) -> None:
         if limits.max_cost is None or not limits.price:
             return
         before, more = spent * limits.price / 1e6, tokens * limits.price / 1e6
@@ -174,12 +168,23 @@ class Account:
         )
 
 
+def check_price(limits: Tuning, changes: Mapping[str, float | None], argument: str) -> None:
+    """Raise `UsageError` when there would be a budget and no price to count it with."""
+    after = {"price": limits.price, "max_cost": limits.max_cost} | {k: v for k, v in changes.items() if k in MONEY}
+    if after["max_cost"] is not None and not after["price"]:
+        raise UsageError(
+            "--max-cost needs a price above 0 to count with",
+            why="Without one nobody can tell what a token costs. Nothing was changed.",
+            hint=f"add --price-per-million-tokens X, or: revector tune {argument} --max-cost none",
+        )
+
+
 def _more(cost: float) -> str:
     """Half as much again, in two digits."""
     return f"{float(f'{1.5 * cost:.2g}'):g}"
 
 
-def spent(session: Session, migration: int, limits: Limits) -> Spent | None:
+def spent(session: Session, migration: int, limits: Tuning) -> Spent | None:
     """What a migration has spent; None: nothing was asked of a model behind an address."""
     row = session.row(block("spending", "spent"), migration=migration)
     if row is None or not row.requests:

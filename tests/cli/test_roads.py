@@ -92,6 +92,7 @@ def test_json_is_alone_on_stdout(dsn: str, connection: psycopg.Connection[Any]) 
         "closing": None,
         "backup": None,
         "tuning": {"paused": False},
+        "spent": None,
         "alerts": [],
         "vigil": [],
     }

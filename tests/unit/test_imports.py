@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"errors", "settings", "embed", "quality", "catalog", "partitions"},
     # what is done; neither a phase nor what it is given knows the ledger
     "trigger": {"errors", "db", "catalog", "plan"},
-    "spending": {"errors", "settings", "embed", "db"},
+    "spending": {"errors", "settings", "embed", "db", "throttle"},
     "work": {"errors", "spending", "settings", "embed", "db", "catalog", "plan", "partitions", "throttle"},
     "phases": {
         "errors",
@@ -70,7 +70,17 @@ ALLOWED: dict[str, set[str]] = {
     | {"trigger", "work", "phases", "ledger", "search", "survey", "follow", "moment", "throttle"},
     # what is told of it; `report` imports the outcomes for their types alone
     "maintenance": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger"},
-    "report": {"errors", "plan", "ledger", "search", "knowledge_base", "maintenance", "migration", "throttle"},
+    "report": {
+        "errors",
+        "plan",
+        "ledger",
+        "search",
+        "knowledge_base",
+        "maintenance",
+        "migration",
+        "throttle",
+        "spending",
+    },
     "terminal": {"errors", "work", "report"},
     # who asks for it
     "demo": {"errors", "settings", "embed", "db", "catalog", "plan", "report", "work"}

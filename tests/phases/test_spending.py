@@ -1,0 +1,210 @@
+"""Rate limits and a budget of a model behind an address: in the ledger, before the call, shared by every worker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+import stamina
+
+from fix_commands import command
+from fix_provider import KEY, Stand, error, standing
+from fix_tables import advance, assert_exact, fill, knowledge_base, one, settings, stage_of, steering
+from revector import Request
+from revector.db import Database, Session
+from revector.embed.spec import PROBES
+from revector.errors import BudgetSpent, Interrupted, Outage, UsageError
+from revector.spending import Purse, pause
+from revector.throttle import Tuning
+
+pytest.importorskip("openai", reason="the extra `openai` is not installed")
+
+NEW = "openai:new-32"
+REQUEST = Request(from_="hash:16", to=NEW)
+
+
+@pytest.fixture
+def stand(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
+    with standing() as server, stamina.set_testing(True, attempts=2, cap=True):
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        yield server
+
+
+def tokens(stand: Stand, since: int = 0) -> int:
+    """What the provider has charged for."""
+    return sum(-(-len(text.encode()) // 4) for request in stand.requests[since:] for text in request["input"])
+
+
+def spent(connection: psycopg.Connection[Any]) -> tuple[int, int]:
+    row = connection.execute("SELECT coalesce(sum(tokens), 0)::int, coalesce(sum(requests), 0)::int FROM revector.spending").fetchone()
+    assert row is not None
+    return row
+
+
+@pytest.mark.parametrize(
+    ("limit", "sizes"), [(600, [1]), (3, [1]), (100_000, [9_000]), (1000, [100, 37, 90]), (1, [1])]
+)
+def test_no_minute_holds_more_than_the_limit(limit: int, sizes: list[int]) -> None:
+    """Sent as early as allowed for ten minutes; every window of a minute is counted."""
+    now, window = 0.0, deque[tuple[float, int]]()
+    number = 0
+    while now < 600:
+        size = sizes[number % len(sizes)]
+        window.append((now, size))
+        while now - window[0][0] >= 60:
+            window.popleft()
+        assert sum(n for _, n in window) <= limit + max(sizes) - min(sizes)
+        now += pause(size, limit)
+        number += 1
+    assert number >= 10 * limit // max(sizes) - 10, "slower than it has to be"
+
+
+def test_two_processes_share_the_limit(dsn: str, connection: psycopg.Connection[Any], stand: Stand) -> None:
+    """Requests are granted one by one, whoever asks: two purses, as two processes have them."""
+    knowledge_base(connection, 5)
+    advance(dsn, "EXPANDED", REQUEST)
+    connection.execute("""UPDATE revector.migrations SET limits = '{"requests_per_minute": 1200}'""")
+    row = one(connection, "SELECT id FROM revector.migrations")
+    granted: list[float] = []
+    ended = time.monotonic() + 2
+
+    def work() -> None:
+        purse = Purse(Database(settings(dsn)), row, "kb")
+        account = purse.account(2, NEW)
+        while time.monotonic() < ended:
+            account.before(10)
+            granted.append(time.monotonic())
+        purse.close()
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    granted.sort()
+    assert 15 < len(granted) <= 2 * 20 + 4
+    assert max(sum(1 for g in granted if a <= g < a + 1) for a in granted) <= 21
+    assert spent(connection) == (10 * len(granted), len(granted))
+
+
+def test_a_run_stops_before_it_passes_its_budget_and_goes_on(
+    dsn: str, connection: psycopg.Connection[Any], stand: Stand
+) -> None:
+    knowledge_base(connection, 60)
+    run = ("run", "kb", "--from", "hash:16", "--to", NEW, "--batch-size", "5")
+    told = command(dsn, *run, "--max-cost", "1").exits(2)
+    assert told.last.startswith("error: --max-cost needs a price above 0") and "revector" in told.last
+    assert one(connection, "SELECT to_regnamespace('revector') IS NULL"), "it was refused before anything was made"
+    before = len(stand.requests)
+    stopped = command(dsn, *run, "--price-per-million-tokens", "10000", "--max-cost", "5").exits(4)
+    assert stopped.last.startswith(f"stopped: {NEW}: the next request would cost ")
+    assert " of 5 are spent" in stopped.last and "next: allow more: revector tune kb --max-cost " in stopped.last
+    assert "The migration is at EXPANDED; hash:16 answers." in stopped.last
+    charged, requests = spent(connection)
+    assert charged * 10000 / 1e6 <= 5
+    assert stage_of(connection) == ("EXPANDED", None)
+    there = one(connection, "SELECT count(*) FROM kb WHERE embedding_g2 IS NOT NULL")
+    assert 0 < there < 60, "what was paid for is written"
+    assert len(stand.requests) - before >= requests
+    status = command(dsn, "status", "kb", "--json").exits(0).json
+    assert status["spent"] == {
+        "tokens": charged,
+        "requests": requests,
+        "cost": round(charged / 100, 6),
+        "max_cost": 5.0,
+    }
+    tuned = command(dsn, "tune", "kb", "--max-cost", "100").exits(0)
+    assert "100.00 in all" in tuned.out
+    command(dsn, *run).exits(0)
+    assert stage_of(connection) == ("VERIFIED", None)
+    assert_exact(connection, "kb", "content", {"embedding": "hash:16", "embedding_g2": "hash:32"}, at_least=60)
+    again = spent(connection)[0] - charged
+    assert again < charged * 4, "rows that were paid for were embedded again"
+
+
+def test_tokens_are_counted_even_when_the_write_fails(
+    dsn: str, connection: psycopg.Connection[Any], stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knowledge_base(connection, 20)
+    advance(dsn, "EXPANDED", REQUEST)
+    before, since = spent(connection), len(stand.requests)
+    original = Session._execute
+
+    def failing(self: Session, statement: Any, params: Any) -> Any:
+        text = statement if isinstance(statement, str) else statement.as_string(None)
+        if "UPDATE ONLY" in text:
+            raise psycopg.errors.DiskFull("no space left on device")
+        return original(self, statement, params)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_execute", failing)
+        with pytest.raises(Exception, match="resources"), steering(dsn) as migration:
+            migration.run()
+    assert one(connection, "SELECT count(*) FROM kb WHERE embedding_g2 IS NOT NULL") == 0
+    assert spent(connection)[0] - before[0] == tokens(stand, since) > 100
+    assert spent(connection)[1] - before[1] == len(stand.requests) - since
+
+
+def test_every_attempt_counts_and_only_what_is_answered_costs(
+    dsn: str, connection: psycopg.Connection[Any], stand: Stand
+) -> None:
+    knowledge_base(connection, 5)
+    advance(dsn, "VERIFIED", REQUEST)
+    before, since = spent(connection), len(stand.requests)
+    connection.execute("UPDATE kb SET content = 'new' WHERE id = 1")
+    stand.script = lambda request: None if set(request["input"]) <= set(PROBES) else error(503, "overloaded")
+    with pytest.raises(Outage):
+        fill(dsn, connection)
+    charged = sum(
+        -(-len(text.encode()) // 4)
+        for request in stand.requests[since:]
+        if set(request["input"]) <= set(PROBES)
+        for text in request["input"]
+    )
+    assert spent(connection) == (before[0] + charged, before[1] + len(stand.requests) - since)
+
+
+def test_limits_that_do_not_fit_are_refused(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A limit that would do nothing is not taken."""
+    knowledge_base(connection, 5)
+    advance(dsn, "EXPANDED", Request(from_="hash:16", to="hash:32"))
+    with steering(dsn) as migration:
+        for change in ({"requests_per_minute": 5}, {"tokens_per_minute": 5}, {"price": 1.0, "max_cost": 5}):
+            with pytest.raises(UsageError, match="neither hash:16 nor hash:32 is asked over a network"):
+                migration.tune(change)
+        with pytest.raises(UsageError, match="--max-cost needs a price"):
+            migration.tune({"max_cost": 5})
+        row = migration.latest()
+        assert row is not None and row.limits == Tuning()
+
+
+def test_a_limit_that_holds_back_can_be_interrupted_and_lifted(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    knowledge_base(connection, 5)
+    advance(dsn, "EXPANDED", Request(from_="hash:16", to="hash:32"))
+    connection.execute("""UPDATE revector.migrations SET limits = '{"tokens_per_minute": 10}'""")
+    stop, notes = threading.Event(), list[str]()
+    number = one(connection, "SELECT id FROM revector.migrations")
+    purse = Purse(Database(settings(dsn)), number, "kb", stop=stop.is_set, note=notes.append)
+    account = purse.account(2, NEW)
+    account.before(100)
+    began = time.monotonic()
+    threading.Timer(0.3, stop.set).start()
+    with pytest.raises(Interrupted):
+        account.before(100)
+    assert time.monotonic() - began < 2
+    assert notes == [f"held back by the limit of 10 tokens a minute for {NEW}; it goes on by itself"]
+    stop.clear()
+    threading.Timer(0.3, lambda: connection.execute("UPDATE revector.migrations SET limits = '{}'")).start()
+    account.before(100)
+    assert 0.2 < time.monotonic() - began < 4
+    connection.execute("""UPDATE revector.migrations SET limits = '{"price": 10, "max_cost": 0.0025}'""")
+    account.before(50)
+    with pytest.raises(BudgetSpent, match=r"cost 0\.001, and 0\.0025 of 0\.0025 are spent"):
+        account.before(100)
+    purse.close()
