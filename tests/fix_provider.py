@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def good(request: dict[str, Any]) -> dict[str, Any]:
-    named = re.search(r"-(\d+)$", request["model"])
+    named = re.search(r"-(\d+)$", request.get("model", ""))
     dimension = request.get("dimensions") or (int(named[1]) if named else 8)
     vectors = Embedder(f"hash:{dimension}").encode(request["input"])
     tokens = sum(-(-len(text.encode()) // 4) for text in request["input"])

@@ -42,7 +42,9 @@ def tokens(stand: Stand, since: int = 0) -> int:
 
 
 def spent(connection: psycopg.Connection[Any]) -> tuple[int, int]:
-    row = connection.execute("SELECT coalesce(sum(tokens), 0)::int, coalesce(sum(requests), 0)::int FROM revector.spending").fetchone()
+    row = connection.execute(
+        "SELECT coalesce(sum(tokens), 0)::int, coalesce(sum(requests), 0)::int FROM revector.spending"
+    ).fetchone()
     assert row is not None
     return row
 
