@@ -76,7 +76,8 @@ def test_json_is_alone_on_stdout(dsn: str, connection: psycopg.Connection[Any]) 
     command(dsn, "run", "kb", *FROM_TO).exits(0)
     status = command(dsn, "status", "kb", "--json").exits(0).json
     for side in ("live", "other"):  # when it was last read depends on the server's statistics
-        assert status[side].pop("written_s") is None and "read_s" in status[side]
+        assert status[side].pop("written_s") is None and status[side].pop("search_path") is None
+        assert "read_s" in status[side]
         del status[side]["read_s"]
         assert status[side].pop("search_path") is None
     backfill = status.pop("backfill")
@@ -198,3 +199,27 @@ def test_version_tells_the_database_s_versions_too(dsn: str, connection: psycopg
     assert "\nledger     version 2\n" in command(dsn, "--version").exits(0).out
     nowhere = command("postgresql://nobody@127.0.0.1:9/nothing", "--version").exits(0)
     assert nowhere.out.splitlines() == [program] and nowhere.err == ""
+
+
+def test_both_sides_by_views(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """What `expose` prints is what a session sets, and the next command is the right one."""
+    knowledge_base(connection, 12)
+    command(dsn, "expose", "kb").exits(2)
+    first = command(dsn, "expose", "kb", "--from", OLD).exits(0)
+    assert "    set        search_path=rv_kb_g1,public\n" in first.out and "ON CONFLICT ON CONSTRAINT" in first.out
+    assert first.out.endswith("next: revector plan kb --to MODEL\n")
+    command(dsn, "run", "kb", "--to", NEW).exits(0)
+    refused = command(dsn, "expose", "kb").exits(3)
+    assert "no follower is alive" in refused.err
+    both = command(dsn, "expose", "kb", "--without-follower").exits(0)
+    assert both.out.endswith("next: revector cutover kb\n")
+    shown = command(dsn, "status", "kb").exits(0)
+    assert (
+        "search_path=rv_kb_g1,public  (live)\n" in shown.out
+        and "search_path=rv_kb_g2,public  (candidate)\n" in shown.out
+    )
+    again = command(dsn, "expose", "kb", "--refresh").exits(0)
+    assert again.out.startswith("kb: rv_kb_g1, rv_kb_g2 made anew.\n") and "ON CONFLICT" not in again.out
+    command(dsn, "expose", "kb", "--drop", "--refresh").exits(2)
+    gone = command(dsn, "expose", "kb", "--drop").exits(0)
+    assert gone.out == "kb: rv_kb_g1, rv_kb_g2 dropped.\nnext: revector cutover kb\n"
