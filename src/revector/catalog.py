@@ -456,9 +456,15 @@ def dependents(
         own = {i.oid for i in table.indexes if i.name in carried}
     found: list[Dependent] = []
     views = own_views(session, table.oid)
+    bound = own_views(session, table.oid, column.number)
     for row in session.rows(block("catalog", "dependents"), table=table.oid, column=column.number):
         # What a column list publishes is asked for by name below, and by `publishing`.
-        if row.view in views or row.catalog == "pg_publication_rel":
+        if row.view in bound or row.catalog == "pg_publication_rel":
+            continue
+        if row.view in views:
+            # It is of another vector column's generation, and shows this one as any other column.
+            remedy = f"revector expose {table.name} --drop, and expose again when this column's upgrade is closed"
+            found.append(Dependent(row.description, remedy))
             continue
         if (row.catalog == "pg_class" and row.oid in own) or row.constraint_type == "n":
             continue
@@ -512,11 +518,14 @@ def dependents(
     return tuple(found)
 
 
-def own_views(session: Session, table: int) -> frozenset[int]:
-    """The views that `expose` made of a table: they are bound to columns, and a rename is what they are for."""
+def own_views(session: Session, table: int, column: int | None = None) -> frozenset[int]:
+    """The views that `expose` made of a table; with `column`, of the generation in that attribute number alone.
+
+    They are bound to their generation's column, and a rename is what they are for.
+    """
     if not _knows_views(session):
         return frozenset()
-    return frozenset(row.view_oid for row in session.rows(block("catalog", "own_views"), table=table))
+    return frozenset(row.view_oid for row in session.rows(block("catalog", "own_views"), table=table, column=column))
 
 
 def _knows_views(session: Session) -> bool:

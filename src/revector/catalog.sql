@@ -273,9 +273,11 @@ SELECT has_schema_privilege('revector', 'USAGE') AND has_table_privilege('revect
   FROM pg_class WHERE oid = to_regclass('revector.views');
 
 -- name: own_views
--- The views of a table that are ours.
+-- The views of a table that are ours; of a generation that lies in one column, where it is given.
 -- lock: none
-SELECT view_oid::oid FROM revector.views WHERE table_oid = %(table)s::oid;
+SELECT w.view_oid FROM revector.views w
+  LEFT JOIN revector.generations g ON g.table_oid = w.table_oid AND g.number = w.number
+ WHERE w.table_oid = %(table)s::oid AND (%(column)s::int IS NULL OR g.attnum = %(column)s::int);
 
 -- name: behind_view
 -- The table that a view of ours shows.

@@ -77,9 +77,10 @@ def uninstall(database: Database) -> bool:
                     hint="\n".join(_ways_out(name, stage, verb) for name, stage, verb in opened)
                     + "\nthen: revector uninstall",
                 )
+            known = session.value("SELECT to_regclass('revector.views') IS NOT NULL")
             exposed = [
                 (name, row.schema)
-                for row in session.rows(block("ledger", "all_views"))
+                for row in (session.rows(block("ledger", "all_views")) if known else ())
                 if (name := _name(session, row.table_oid)) is not None
             ]
             if exposed:

@@ -827,7 +827,14 @@ class Migration:
                 self.observe(Note(serve.run(work).summary))
             if both and plan.new.number not in known:
                 with work.step("expose.catch_up") as told:
-                    told["left"] = dict(work.catch_up([plan.old.number, plan.new.number]))
+                    left = told["left"] = dict(work.catch_up([plan.old.number, plan.new.number]))
+                if missing := left[plan.new.number] + work.refused_rows(plan.new):
+                    self.observe(
+                        Note(
+                            f"{missing} rows have no vector of {plan.new.model.model} yet: locked, written just now, or"
+                            " refused by it; searches by its view miss them"
+                        )
+                    )
             numbers = {g.number: self.ledger.attnum(g.number) for g in (plan.old, plan.new)}
             sides = [
                 ViewSide(generation.number, schema, generation.model.model, number)
@@ -1145,7 +1152,9 @@ class Migration:
         if gone.number not in views:
             return
         whose = expose.searched_by(self.control, plan.view_schema(gone))
-        if whose and command == "finalize":
+        if whose and command == "abort":
+            self.observe(Note("\n".join(f"still to do: ALTER {name} RESET search_path;" for name in whose)))
+        elif whose:
             raise Refused(
                 f"{self.name}: {', '.join(whose)} has {plan.view_schema(gone)} in its search_path",
                 why=f"Its sessions ask for {gone.model.model}, which goes: they would fail. Nothing was changed.",

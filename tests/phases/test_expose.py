@@ -541,3 +541,73 @@ def test_published_tables_are_switched_by_views_alone(dsn: str, connection: psyc
     connection.execute(refused.value.hint.split("without it: ")[1].split(";")[0])
     give(dsn, "cutover", "finalize")
     assert_no_leftovers(connection)
+
+
+def test_two_vector_columns_have_views_of_their_own(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """One generation's view shows the other vector column as it is; it steps aside while that one is upgraded."""
+    knowledge_base(connection, 5, index=None, more=", title_vector vector(8)")
+    connection.execute("UPDATE kb SET note = title")
+    for number in range(5):
+        connection.execute(
+            "UPDATE kb SET title_vector = %s WHERE id = %s", (vector("hash:8", f"title {number}"), number)
+        )
+    expose(dsn, from_=OLD, vector="embedding")
+    request = Request(from_="hash:8", to="hash:16", vector="title_vector", text="title")
+    with pytest.raises(Refused, match="rv_kb_g1") as refused, steering(dsn) as migration:
+        migration.run(request)
+    assert "revector expose kb --drop" in refused.value.hint
+    with steering(dsn) as migration:
+        migration.unexpose()
+    advance(dsn, "VERIFIED", request)
+    done = expose(dsn, without_follower=True)
+    assert len(done.sides) == 2
+    for _, path, _ in done.sides:
+        with on(dsn, path) as client:
+            assert columns_of(client, "kb")[-2:] == ["embedding", "title_vector"]
+            assert one(client, "SELECT count(*) FROM kb WHERE title_vector IS NULL") == 0
+    give(dsn, "cutover", "finalize")
+    assert_no_leftovers(connection)
+
+
+def test_rows_outside_a_filter_are_the_same_in_both_views(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """`--where` on a column without a dimension: a client of either view writes its own rows, and those outside once."""
+    connection.execute("CREATE TABLE kb (id int PRIMARY KEY, tenant text, content text, embedding vector)")
+    for number in range(8):
+        connection.execute(
+            "INSERT INTO kb VALUES (%s, %s, %s, %s)",
+            (number, "ab"[number % 2], body(number), vector(OLD, body(number))),
+        )
+    advance(dsn, "VERIFIED", Request(from_=OLD, to=NEW, where="tenant = 'a'"))
+    done = expose(dsn, without_follower=True)
+    for flip in ("cutover", "rollback"):
+        give(dsn, flip)
+        for model, path, _ in done.sides:
+            text = f"by {model} after {flip}"
+            with on(dsn, path) as client:
+                client.execute("UPDATE kb SET content = %s, embedding = %s WHERE id = 2", (text, vector(model, text)))
+                client.execute("UPDATE kb SET content = %s, embedding = %s WHERE id = 3", (text, vector(OLD, text)))
+            for _, other, _ in done.sides:
+                with on(dsn, other) as client:
+                    assert one(client, "SELECT embedding = %s::vector FROM kb WHERE id = 3", vector(OLD, text))
+        fill(dsn, connection)
+        for model, path, _ in done.sides:
+            with on(dsn, path) as client:
+                text = one(client, "SELECT content FROM kb WHERE id = 2")
+                assert one(client, "SELECT embedding = %s::vector FROM kb WHERE id = 2", vector(model, text))
+
+
+def test_a_role_that_is_left_on_the_side_that_goes(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Abort does not wait for it, and says what is still to do."""
+    knowledge_base(connection, 3)
+    advance(dsn, "VERIFIED")
+    expose(dsn, without_follower=True)
+    role = sql.Identifier(f"rv_test_app_{connection.info.backend_pid}")
+    connection.execute(sql.SQL("CREATE ROLE {0}; ALTER ROLE {0} SET search_path = rv_kb_g2, public").format(role))
+    notes: list[str] = []
+    try:
+        with steering(dsn, observe=lambda seen: notes.append(str(seen))) as migration:
+            migration.abort()
+    finally:
+        connection.execute(sql.SQL("DROP ROLE {}").format(role))
+    assert any("still to do: ALTER ROLE" in note for note in notes)
+    assert_no_leftovers(connection)
