@@ -110,7 +110,12 @@ def _totals(work: Work, generation: Generation) -> list[Check]:
     assert row is not None
     refused = len(work.refused(generation))
     return [
-        Check("complete", f"{row.vectors:,} of {row.rows:,} rows have a vector, {len(stuck)} stuck pending", not stuck),
+        Check(
+            "complete",
+            f"{row.vectors:,} of {row.rows:,} rows have a vector, {len(stuck)} stuck pending",
+            # A column without a single vector finds nothing, whatever was allowed.
+            not stuck and not (refused and not row.vectors),
+        ),
         Check(
             "refused",
             f"{refused} texts refused by the model, {work.allow_failed} allowed",
