@@ -38,6 +38,8 @@ HEALTH: Final = 60.0
 _STUCK: Final = 120.0
 #: Seconds between two attempts to come back: the first, and the longest.
 _WAITS: Final = (0.5, 10.0)
+#: A request is sent so often at a time: while it is repeated, the other model's rows wait.
+_ATTEMPTS: Final = 2
 #: Pending rows are counted for the health line up to this.
 _MANY: Final = 100_000
 #: A machine that loses its power must not hold the lock for the two hours that TCP waits by default.
@@ -159,10 +161,10 @@ class Follower:
                 self.database,
                 row.id,
                 row.plan.argument,
-                stop=self.stop,
+                stop=self._still,
                 note=lambda text: self.observe(Note(text)),
             )
-            self._models = (row.fingerprint, checked_models(row.plan, self.settings, self._purse))
+            self._models = (row.fingerprint, checked_models(row.plan, self.settings, self._purse, _ATTEMPTS))
 
         def ledger_on(session: Session) -> Ledger:
             other = Ledger(session, self.table)

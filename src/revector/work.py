@@ -144,7 +144,9 @@ def _in_format(text: str) -> sql.Composable:
     return raw(text.replace("'", "''").replace("%", "%%"))
 
 
-def checked_models(plan: Plan, settings: Settings, purse: Purse | None = None) -> dict[int, Callable[[], Embedder]]:
+def checked_models(
+    plan: Plan, settings: Settings, purse: Purse | None = None, attempts: int | None = None
+) -> dict[int, Callable[[], Embedder]]:
     """Generation number -> its model: loaded at first use, and proven to be the plan's before its first vector.
 
     What a model behind an address is asked is counted in the purse.
@@ -158,7 +160,7 @@ def checked_models(plan: Plan, settings: Settings, purse: Purse | None = None) -
             with lock:
                 if not ready:
                     account = purse.account(generation.number, generation.model.model) if purse else None
-                    embedder = embedder_for(generation.model, settings, account)
+                    embedder = embedder_for(generation.model, settings, account, attempts)
                     embedder.check_identity(generation.model)
                     ready.append(embedder)
             return ready[0]
@@ -168,7 +170,9 @@ def checked_models(plan: Plan, settings: Settings, purse: Purse | None = None) -
     return {generation.number: source(generation) for generation in (plan.old, plan.new)}
 
 
-def embedder_for(identity: Identity, settings: Settings, meter: Meter | None = None) -> Embedder:
+def embedder_for(
+    identity: Identity, settings: Settings, meter: Meter | None = None, attempts: int | None = None
+) -> Embedder:
     """The model of a recorded identity; `dimensions` is asked of a provider only where the settings ask for it."""
     asked = settings.embedding_dimension if settings.embedding_dimension == identity.dimension else None
     return Embedder(
@@ -178,6 +182,7 @@ def embedder_for(identity: Identity, settings: Settings, meter: Meter | None = N
         document_prompt=identity.document_prompt,
         query_prompt=identity.query_prompt,
         meter=meter,
+        attempts=attempts,
     )
 
 

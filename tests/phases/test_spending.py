@@ -14,7 +14,7 @@ import stamina
 
 from fix_commands import command
 from fix_provider import KEY, Stand, error, standing
-from fix_tables import advance, assert_exact, fill, knowledge_base, one, settings, stage_of, steering
+from fix_tables import advance, assert_exact, fill, following, knowledge_base, one, settings, stage_of, steering, until
 from revector import Request
 from revector.db import Database, Session
 from revector.embed.spec import PROBES
@@ -210,3 +210,25 @@ def test_a_limit_that_holds_back_can_be_interrupted_and_lifted(dsn: str, connect
     with pytest.raises(BudgetSpent, match=r"cost 0\.001, and 0\.0025 of 0\.0025 are spent"):
         account.before(100)
     purse.close()
+
+
+def test_a_follower_whose_budget_is_spent_fills_the_other_models_rows(
+    dsn: str, connection: psycopg.Connection[Any], stand: Stand
+) -> None:
+    """It says so, waits, and goes on when more is allowed."""
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER", REQUEST)
+    with steering(dsn) as migration:
+        # Enough for the probes that prove the model, and not for twenty rows.
+        proof = sum(-(-len(text.encode()) // 4) for text in (*PROBES, PROBES[0]))
+        migration.tune({"price": 1000.0, "max_cost": (spent(connection)[0] + proof + 10) / 1000})
+        with following(dsn, connection):
+            connection.execute("UPDATE kb SET content = 'new ' || id")
+            until(lambda: one(connection, "SELECT count(*) FROM kb WHERE embedding_g1 IS NULL") == 0)
+            until(lambda: one(connection, "SELECT count(*) FROM revector.heartbeats WHERE trouble IS NOT NULL"))
+            assert one(connection, "SELECT count(*) FROM kb WHERE embedding IS NULL") == 20
+            (alert,) = migration.status().alerts
+            assert alert.kind == "follower_trouble" and "the next request would cost" in alert.what
+            migration.tune({"max_cost": 100.0})
+            until(lambda: one(connection, "SELECT count(*) FROM kb WHERE embedding IS NULL") == 0)
+    assert_exact(connection, "kb", "content", {"embedding_g1": "hash:16", "embedding": "hash:32"}, at_least=20)

@@ -73,7 +73,8 @@ class Embedder:
     """A model by name, loaded at first use.
 
     `dimension` is the one expected (for `openai:` it is asked for as `dimensions`). A prompt given here
-    replaces the model's own. Safe to share between threads.
+    replaces the model's own. `attempts` is how often a request is sent before it is an outage, for those who have a
+    patience of their own. Safe to share between threads.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Embedder:
         document_prompt: str = "",
         query_prompt: str = "",
         meter: Meter | None = None,
+        attempts: int | None = None,
     ) -> None:
         self._parsed = parse(spec)
         #: The canonical spelling.
@@ -92,6 +94,7 @@ class Embedder:
         self._asked = dimension
         self._settings = settings
         self._meter = meter
+        self._attempts = attempts
         self._prompts = {"document": document_prompt, "query": query_prompt}
         self._provider: Provider | None = None
         self._loading = threading.Lock()
@@ -226,7 +229,13 @@ class Embedder:
             from revector.embed.remote import Remote
             from revector.settings import Settings
 
-            return Remote(name, self._settings or Settings.load(), dimensions=self._asked, meter=self._meter)
+            return Remote(
+                name,
+                self._settings or Settings.load(),
+                dimensions=self._asked,
+                meter=self._meter,
+                attempts=self._attempts,
+            )
         from revector.embed.local import Local
 
         return Local(name, self.spec)

@@ -70,7 +70,15 @@ class Remote:
     batch_size = 128
     pads = True
 
-    def __init__(self, name: str, settings: Settings, *, dimensions: int | None, meter: Meter | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        *,
+        dimensions: int | None,
+        meter: Meter | None = None,
+        attempts: int | None = None,
+    ) -> None:
         """`dimensions` is sent as such, when it is given; `meter` is asked around each request. Raises as `encode` does."""
         try:
             import openai
@@ -96,6 +104,7 @@ class Remote:
         self._openai = openai
         self._asked = dimensions
         self._meter = meter
+        self._attempts = attempts or ATTEMPTS
         # Servers of one's own often want no key, but the client wants one; an empty header would be malformed.
         self._client = openai.OpenAI(
             api_key=self._key or "none", base_url=settings.openai_base_url, max_retries=0, timeout=REQUEST_SECONDS
@@ -120,7 +129,7 @@ class Remote:
         """
         inputs = [prompt + text for text in texts]
         for attempt in stamina.retry_context(
-            _pause, attempts=ATTEMPTS, timeout=RETRY_SECONDS, wait_initial=0.5, wait_max=20.0, wait_jitter=1.0
+            _pause, attempts=self._attempts, timeout=RETRY_SECONDS, wait_initial=0.5, wait_max=20.0, wait_jitter=1.0
         ):
             with attempt:
                 body = self._metered(inputs)
@@ -198,7 +207,7 @@ class Remote:
     def _outage(self, reason: str, retry_after: str = "", *, unanswered: bool = False) -> _Unanswered:
         return _Unanswered(
             f"openai:{self._name} does not answer at {self._where}",
-            why=f"The last of up to {ATTEMPTS} tries: {reason}. What is done is kept.",
+            why=f"The last of up to {self._attempts} tries: {reason}. What is done is kept.",
             hint="repeat the command when the provider answers again",
             retry_after=retry_after,
             unanswered=unanswered,
