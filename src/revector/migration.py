@@ -945,7 +945,7 @@ class Migration:
 
     def _search_path(self, view: ExposedView, schema: str) -> str:
         vectors = read_server(self.control).vector_schema
-        return expose.search_path(view.schema or view.made_as, schema, *([vectors] if vectors else []))
+        return expose.search_path(self.control, view.schema or view.made_as, schema, *([vectors] if vectors else []))
 
     def _wait(self, work: Work, numbers: Sequence[int], when: Moment) -> None:
         """Everything slow is done; now only the moment is missing. Nothing is locked and no transaction is open."""

@@ -35,7 +35,6 @@ from revector.db import Database, PauseLimits
 from revector.errors import PauseBudgetMissed, Refused, UsageError
 from revector.maintenance import uninstall
 from revector.migration import Exposed
-from revector.phases.expose import search_path
 from revector.settings import Settings
 
 G1, G2 = "rv_kb_g1,public", "rv_kb_g2,public"
@@ -166,6 +165,23 @@ def test_each_view_shows_its_generation_under_the_same_name(dsn: str, connection
     assert again.figures["made"] == []
 
 
+@pytest.mark.parametrize("stage", ["PLANNED", "EXPANDED", "BACKFILLED"])
+def test_before_verified_there_is_the_live_view_alone(
+    dsn: str, connection: psycopg.Connection[Any], stage: str
+) -> None:
+    """The candidate is neither exposed nor shown; the stage is as it was; what came with the migration goes with it."""
+    knowledge_base(connection, 5)
+    advance(dsn, stage)
+    done = expose(dsn)
+    assert [(model, path) for model, path, _ in done.sides] == BOTH[:1]
+    assert stage_of(connection) == (stage, None) and schemas(connection) == {"rv_kb_g1"}
+    assert columns_of(connection, "rv_kb_g1.kb") == ["id", "title", "content", "note", "filler", "embedding"]
+    with pytest.raises(Refused, match="made the present vectors, not hash:8"):
+        expose(dsn, from_="hash:8")
+    give(dsn, "abort")
+    assert_no_leftovers(connection)
+
+
 def test_who_writes_through_a_view_owns_its_generation(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """As given on the own side, pending on the other; and nothing of it needs the bare name to answer with that model."""
     knowledge_base(connection, 6)
@@ -223,6 +239,16 @@ def test_partitioned_table(dsn: str, connection: psycopg.Connection[Any]) -> Non
 def test_long_and_odd_names(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """A name of 63 bytes is cut and keeps a hash; quotes and blanks are quoted; other schemas are named."""
     long = "k" * 63
+    connection.execute('CREATE SCHEMA "order"')
+    knowledge_base(connection, 3)
+    connection.execute('ALTER TABLE kb SET SCHEMA "order"')
+    done = expose(dsn, "order.kb", from_=OLD)
+    assert [path for _, path, _ in done.sides] == ['rv_order__kb_g1,"order",public']
+    connection.execute("SET search_path = " + done.sides[0][1])  # type: ignore[arg-type]
+    assert one(connection, "SELECT count(*) FROM kb") == 3
+    with steering(dsn, "order.kb") as migration:
+        migration.unexpose()
+    connection.execute("RESET search_path")
     for name in (long, 'Odd "name'):
         knowledge_base(connection, 3, name=name, index=None)
         with steering(dsn, name) as migration:
@@ -241,7 +267,6 @@ def test_long_and_odd_names(dsn: str, connection: psycopg.Connection[Any]) -> No
             assert migration.status().live is not None
             migration.unexpose()
     assert schemas(connection) == set()
-    assert search_path("rv_a", "My Schema", "public") == 'rv_a,"My Schema",public'
 
 
 def test_a_schema_that_is_not_ours_is_never_touched(dsn: str, connection: psycopg.Connection[Any]) -> None:

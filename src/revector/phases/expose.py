@@ -252,19 +252,14 @@ def _patiently(
         time.sleep(_GAP)
 
 
-def search_path(schema: str, table_schema: str, *more: str) -> str:
-    """The setting that makes a session one of this generation's: `rv_kb_g2,public`."""
-    names = dict.fromkeys((schema, table_schema, *more))
-    return ",".join(sql.Identifier(name).as_string(None) if _needs_quotes(name) else name for name in names)
+def search_path(session: Session, *schemas: str) -> str:
+    """The setting that makes a session one of this generation's, its schema being the first: `rv_kb_g2,public`."""
+    return str(session.value(block("phases/expose", "search_path"), names=list(dict.fromkeys(schemas))))
 
 
 def searched_by(session: Session, schema: str) -> list[str]:
     """`ROLE app`: whose settings name the schema."""
     return [row.whose for row in session.rows(block("phases/expose", "searched_by"), schema=schema)]
-
-
-def _needs_quotes(name: str) -> bool:
-    return not (name.replace("_", "a").isalnum() and name.isascii() and name == name.lower() and not name[0].isdigit())
 
 
 def _is_fresh(session: Session, table: Table, present: ExposedView, shown: Sequence[tuple[int, str, str]]) -> bool:

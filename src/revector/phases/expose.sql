@@ -114,6 +114,11 @@ SELECT count(*) AS others FROM pg_depend d
  WHERE d.refclassid = 'pg_namespace'::regclass AND d.refobjid = %(schema)s::oid
    AND d.classid <> 'pg_default_acl'::regclass AND NOT (d.classid = 'pg_class'::regclass AND d.objid = %(view)s::oid);
 
+-- name: search_path
+-- Names of schemas as a search_path setting has them, quoted where they must be.
+-- lock: none
+SELECT string_agg(quote_ident(s.name), ',' ORDER BY s.place) FROM unnest(%(names)s::text[]) WITH ORDINALITY AS s (name, place);
+
 -- name: searched_by
 -- The roles, or databases, whose search_path setting names the schema.
 -- lock: none
