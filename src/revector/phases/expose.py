@@ -28,6 +28,7 @@ LIMITS: Final = (
     ("ON CONFLICT ON CONSTRAINT", "name the columns, ON CONFLICT (id)"),
     ("COPY of the view, in or out", "COPY the table by schema and name; out also COPY (SELECT ...) TO"),
     ("TRUNCATE", "the table by schema and name"),
+    ("MERGE, before PostgreSQL 17", "INSERT ... ON CONFLICT (columns)"),
     ("ctid, xmin, WHERE CURRENT OF, TABLESAMPLE", "the key, or the table by schema and name"),
     ("pg_get_serial_sequence, which gives NULL", "give it the table by schema and name"),
     ("CREATE INDEX, ALTER TABLE and other DDL", "the application's own migrations keep the plain search_path"),
