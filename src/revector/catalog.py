@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from psycopg import errors as pg
 from psycopg import sql
@@ -92,7 +93,12 @@ class Index:
         mentions = self.predicate is not None and re.search(rf"\b{re.escape(column.name)}\b", self.predicate)
         if self.method not in ("hnsw", "ivfflat") or mentions:
             return False
-        return self.keys == (column.number,) or (column.dimension is None and self.cast(column) is not None)
+        return self.keys == (column.number,) or self.cast(column) is not None
+
+    @property
+    def unique(self) -> bool:
+        """Whether no two rows may have the same key."""
+        return self.definition.startswith("CREATE UNIQUE ")
 
     def cast(self, column: Column) -> tuple[str, int] | None:
         """The type, its dimension left out, and the dimension that the index casts the column to; None: it does not.
@@ -442,18 +448,12 @@ def _what_it_uses(plan: dict[str, object]) -> str:
     return "more than one row or column"
 
 
-def dependents(
-    session: Session, table: Table, column: Column, carried: frozenset[str] | None = None
-) -> tuple[Dependent, ...]:
-    """Everything tied to the column that a rename would leave behind; the indexes that are carried and NOT NULL aside.
+def dependents(session: Session, table: Table, column: Column, carried: frozenset[str]) -> tuple[Dependent, ...]:
+    """Everything tied to the column that a rename would leave behind; NOT NULL and what is carried aside.
 
-    `carried`: names of the indexes that a migration rebuilt or made; None: every vector index of the column will be.
-    (By name: REINDEX CONCURRENTLY gives an index a new OID.)
+    `carried`: names of indexes and CHECKs. (By name: REINDEX CONCURRENTLY gives an index a new OID.)
     """
-    if carried is None:
-        own = {i.oid for i in table.indexes if i.covers_only(column)}
-    else:
-        own = {i.oid for i in table.indexes if i.name in carried}
+    indexes = {i.oid: i for i in table.indexes}
     found: list[Dependent] = []
     views = own_views(session, table.oid)
     bound = own_views(session, table.oid, column.number)
@@ -466,45 +466,10 @@ def dependents(
             remedy = f"revector expose {table.name} --drop, and expose again when this column's upgrade is closed"
             found.append(Dependent(row.description, remedy))
             continue
-        if (row.catalog == "pg_class" and row.oid in own) or row.constraint_type == "n":
+        index = indexes.get(row.oid) if row.catalog == "pg_class" else None
+        if row.constraint_type == "n" or (index.name if index else row.constraint_name) in carried:
             continue
-        found.append(Dependent(row.description, "drop it, or recreate it without this column, before the upgrade"))
-    settings = session.row(block("catalog", "column_settings"), table=table.oid, column=column.number)
-    if settings is not None:
-        here = f"column {column.name}"
-        if settings.grants:
-            found.append(
-                Dependent(
-                    f"column grants on {here}: {settings.grants}",
-                    "grant on the table instead, and revoke the column grants",
-                )
-            )
-        if settings.statistics is not None:
-            found.append(
-                Dependent(
-                    f"statistics target {settings.statistics} on {here}",
-                    f"ALTER TABLE {table.name} ALTER {column.name} SET STATISTICS -1",
-                )
-            )
-        if settings.storage:
-            found.append(
-                Dependent(
-                    f"storage {settings.storage!r} on {here}",
-                    f"ALTER TABLE {table.name} ALTER {column.name} SET STORAGE EXTERNAL",
-                )
-            )
-        if settings.compression:
-            found.append(
-                Dependent(
-                    f"compression on {here}", f"ALTER TABLE {table.name} ALTER {column.name} SET COMPRESSION default"
-                )
-            )
-        if settings.options:
-            found.append(
-                Dependent(
-                    f"options {settings.options} on {here}", f"ALTER TABLE {table.name} ALTER {column.name} RESET (...)"
-                )
-            )
+        found.append(Dependent(row.description, _remedy(row, index, column)))
     found += [
         Dependent(
             f"publication {publication.name} publishes every column of the table",
@@ -536,6 +501,38 @@ def publishing(session: Session, table: Table, column: Column) -> tuple[str, ...
     """The publications whose column list has this column: their subscribers know it by its name, and stop at a rename."""
     rows = session.rows(block("catalog", "publications"), table=table.oid)
     return tuple(row.name for row in rows if row.columns is not None and column.number in row.columns)
+
+
+def _remedy(row: Any, index: Index | None, column: Column) -> str:
+    """What to do about something that cannot be carried."""
+    later = "and create it again after finalize"
+    if index is not None:
+        if index.unique:
+            return "drop it: two rows may have the same text, and so the same vector"
+        if index.method in ("hnsw", "ivfflat") and index.predicate is not None:
+            return f"create it again without {column.name} in its WHERE (a vector index never holds NULLs), and drop this one"
+        return f"drop it, {later} for the new dimension"
+    match row.catalog:
+        case "pg_rewrite":
+            return f"drop the view or rule, {later}: it would go on showing the old vectors"
+        case "pg_proc":
+            return f"drop the function, {later}, or give it a body in quotes, which finds columns by name"
+        case "pg_trigger":
+            return f"create the trigger without {column.name} in UPDATE OF and in WHEN"
+        case "pg_policy":
+            return f"write the policy without {column.name}"
+        case "pg_attrdef" if row.description.startswith(f"default value for column {column.name} of "):
+            return f"drop the default: it is a vector of the old model, or {later.removeprefix('and ')}"
+        case "pg_attrdef":
+            return f"drop the generated column, {later}: it is computed from the old vectors"
+        case "pg_statistic_ext":
+            return f"drop the statistics, {later}"
+        case "pg_constraint" if row.constraint_type == "c":
+            return (
+                f"drop the CHECK, {later}: it reads other columns too, or refuses NULL, which a pending row has,"
+                " or refuses the new model's vectors"
+            )
+    return f"drop it, {later}"
 
 
 def _own_dependents(session: Session, table: Table, column: Column) -> list[Dependent]:

@@ -138,24 +138,13 @@ SELECT p.pubname AS name,
 -- lock: none
 SELECT DISTINCT d.classid::regclass::text AS catalog, d.objid::oid AS oid,
        pg_describe_object(d.classid, d.objid, d.objsubid) AS description,
-       CASE WHEN d.classid = 'pg_constraint'::regclass THEN k.contype::text END AS constraint_type,
+       CASE WHEN d.classid = 'pg_constraint'::regclass THEN k.contype::text END AS constraint_type, k.conname AS constraint_name,
        w.ev_class::oid AS view
   FROM pg_depend d
   LEFT JOIN pg_constraint k ON d.classid = 'pg_constraint'::regclass AND k.oid = d.objid
   LEFT JOIN pg_rewrite w ON d.classid = 'pg_rewrite'::regclass AND w.oid = d.objid
  WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = %(table)s::oid AND d.refobjsubid = %(column)s
  ORDER BY 3;
-
--- name: column_settings
--- What is set on the column itself and would stay behind on a rename.
--- lock: none
-SELECT a.attacl::text AS grants,
-       CASE WHEN coalesce(a.attstattarget, -1) >= 0 THEN a.attstattarget::int END AS statistics,
-       CASE WHEN a.attstorage <> t.typstorage THEN a.attstorage::text END AS storage,
-       nullif(a.attcompression::text, '') AS compression,
-       a.attoptions::text AS options
-  FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
- WHERE a.attrelid = %(table)s::oid AND a.attnum = %(column)s;
 
 -- name: functions_naming
 -- Functions whose body names both the table and the column: PostgreSQL does not know of that tie.

@@ -15,7 +15,8 @@ from psycopg import sql
 
 from revector import ledger as ledgers
 from revector import trigger
-from revector.catalog import Table, dependents, find_table, publishing, read_server, read_table
+from revector.carried import set_on
+from revector.catalog import Dependent, Table, dependents, find_table, publishing, read_server, read_table
 from revector.db import DEFAULT_LIMITS, Database, PauseLimits, Session, block, raw, translated
 from revector.errors import Busy, GateFailed, Interrupted, Refused, RevectorError, ServerLost, UsageError
 from revector.follow import Follower
@@ -1113,12 +1114,17 @@ class Migration:
 
     def _check_dependents(self, row: MigrationRow, command: str) -> None:
         table = read_table(self.control, self.oid)
-        for generation in (row.plan.old, row.plan.new):
-            number = self.ledger.attnum(generation.number)
-            column = table.numbered(number) if number is not None else None
-            if column is None:
-                continue
-            found = dependents(self.control, table, column, row.plan.index_names)
+        numbers = [self.ledger.attnum(generation.number) for generation in (row.plan.old, row.plan.new)]
+        columns = [column for n in numbers if n is not None and (column := table.numbered(n)) is not None]
+        settings = {column.name: set_on(self.control, self.oid, column.number) for column in columns}
+        both = frozenset.intersection(*settings.values())
+        # STORAGE PLAIN is left behind knowingly where the new model's vectors would not fit.
+        left = {"STORAGE PLAIN"} if row.plan.carried.left else set()
+        remedy = f"set it on both columns, or on neither: {', '.join(settings)}"
+        for column in columns:
+            found = [*dependents(self.control, table, column, row.plan.carried_names)]
+            alone = sorted(settings[column.name] - both - left)
+            found += [Dependent(f"{told} (set on {column.name} alone)", remedy) for told in alone]
             if found:
                 raise Refused(
                     f"{self.name}: {len(found)} object(s) are tied to {column.name} and would stay behind: "
@@ -1584,7 +1590,14 @@ def _statements(plan: Plan, facts: Facts) -> tuple[tuple[str, str], ...]:
         ("backfill, for each window and line pointer", backfill.statements(plan, leaf)),
         ("index", index.statements(plan, table, below)),
         ("cutover: served", serve.statements(plan, table)),
-        ("cutover", [*cutover.swap(plan, table, plan.old, plan.new), *renames.values()]),
+        (
+            "cutover",
+            [
+                *cutover.swap(plan, table, plan.old, plan.new),
+                *renames.values(),
+                *cutover.check_renames(plan, table, plan.old, plan.new),
+            ],
+        ),
         ("finalize", finalize.statements(plan, table, facts.server.version_num)),
     )
     return tuple((phase, statement.as_string(None)) for phase, statements in parts for statement in statements)

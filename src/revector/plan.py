@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
+from revector.carried import NOTHING_CARRIED, Carried, carried_from_json
 from revector.catalog import INDEX_LIMITS, Column, Dependent, Index, Server, Table, Text
 from revector.embed.spec import Identity
 from revector.errors import Refused
@@ -202,6 +203,8 @@ class Plan:
     source: Source | None = None
     #: The old generation's view schema, where it was exposed before the plan was made, maybe under another table name.
     old_views: str | None = None
+    #: What else goes with the vector column's name.
+    carried: Carried = NOTHING_CARRIED
     format: int = FORMAT
 
     @property
@@ -227,10 +230,35 @@ class Plan:
         names = {name for generation, live in sides for name in self.index_names_of(generation, live=live)}
         return frozenset(names | {self.old.pending_index, self.new.pending_index})
 
+    @property
+    def carried_names(self) -> frozenset[str]:
+        """Every name that an index or CHECK of this migration's has at any stage."""
+        checks = {
+            name for g in (self.old, self.new) for live in (True, False) for name in self.check_names_of(g, live=live)
+        }
+        return self.index_names | checks
+
     def index_names_of(self, generation: Generation, *, live: bool) -> list[str]:
-        """The names of a generation's vector indexes while it is live, or while it is not."""
+        """The names of a generation's indexes while it is live, or while it is not: the vector indexes first."""
         indexes = self.indexes if generation.number == self.new.number else self.live_indexes
-        return [index.live_name if live else index.name for index in indexes]
+        if live:
+            return [index.live_name for index in indexes] + [twin.live_name for twin in self.carried.twins]
+        own = (
+            own_name(self.schema, self.table, generation.number, suffix) for suffix in self.twin_suffixes(generation)
+        )
+        return [index.name for index in indexes] + list(own)
+
+    def twin_suffixes(self, generation: Generation) -> list[str]:
+        """What the names of a generation's secondary indexes end with while it is not live."""
+        first = len(self.indexes if generation.number == self.new.number else self.live_indexes) + 1
+        return [f"_{first + n}" for n in range(len(self.carried.twins))]
+
+    def check_names_of(self, generation: Generation, *, live: bool) -> list[str]:
+        """The names of a generation's CHECKs while it is live, or while it is not."""
+        if live:
+            return [check.name for check in self.carried.checks]
+        numbers = range(1, len(self.carried.checks) + 1)
+        return [own_name(self.schema, self.table, generation.number, f"_check_{n}") for n in numbers]
 
     def generation(self, number: int) -> Generation:
         """The old or the new generation, by its number."""
@@ -322,6 +350,7 @@ class Plan:
                 ),
                 "consents": Consents(**told["consents"]),
                 "source": source(told.get("source")),
+                "carried": carried_from_json(told.get("carried")),
                 "partition_key": tuple(told.get("partition_key", ())),
                 "strict_parts": tuple((int(oid), str(name)) for oid, name in told.get("strict_parts", ())),
             }
@@ -388,6 +417,8 @@ class Facts:
     downloads: str | None
     #: The condition that rows are chosen by; None: every row.
     where: Text | None = None
+    #: What goes with the vector column's name.
+    carried: Carried = NOTHING_CARRIED
     #: (index, its rows inside the filter, its rows outside), for a column that holds both.
     index_sides: tuple[tuple[str, int, int], ...] = ()
     #: (OID, constraint) of the partitions whose NOT NULL has a name of its own.
@@ -493,6 +524,7 @@ def _plan(request: Request, facts: Facts) -> Plan:
         partition_key=table.partitions.key if table.partitions else (),
         strict_parts=facts.strict_parts,
         old_views=facts.old_views,
+        carried=facts.carried,
     )
 
 
@@ -545,7 +577,8 @@ def _target_indexes(request: Request, facts: Facts, live: list[Index]) -> tuple[
 def _fitting(target: TargetIndex, facts: Facts, live: Index | None) -> TargetIndex:
     """The index as the candidate can have it: a column without a dimension is indexed through a cast, by model."""
     if facts.column.dimension is not None:
-        return target
+        cast = live.cast(facts.column) if live else None
+        return target if cast is None else replace(target, expression=f"({{column}})::{cast[0]}({facts.new.dimension})")
     own = f'"{facts.server.vector_schema or "public"}".{facts.column.type_name}'
     kind, dimension = (live and live.cast(facts.column)) or (own, facts.old.dimension)
     if live is not None and any(
@@ -880,13 +913,14 @@ def _old_model_finding(facts: Facts, plan: Plan) -> Finding:
 
 
 def _index_limit_finding(plan: Plan) -> Finding:
-    limit = INDEX_LIMITS[plan.column_type]
+    kinds = {(index.key_type or plan.column_type).rpartition(".")[2].partition("(")[0] for index in plan.indexes}
+    limit, kind = min((INDEX_LIMITS[kind], kind) for kind in kinds)
     dimension = plan.new.model.dimension
     told = "; ".join(f"{i.describe()} {i.opclass.rsplit('.', 1)[-1]}" for i in plan.indexes)
     if dimension > limit:
         return Finding(
             "index",
-            f"{told}: {plan.column_type} indexes take at most {limit} dimensions, {plan.new.model.model} has {dimension}",
+            f"{told}: {kind} indexes take at most {limit} dimensions, {plan.new.model.model} has {dimension}",
             False,
             "Without an index every search would read the whole table.",
             "choose a model of fewer dimensions, or set EMBEDDING_DIMENSION where the model can shorten its vectors",
@@ -956,7 +990,22 @@ def _dependent_findings(facts: Facts) -> list[Finding]:
                 "check what they do",
             )
         )
-    return found or [Finding("dependents", f"nothing else hangs on {facts.column.name}")]
+    if facts.carried.told:
+        found.append(Finding("dependents", f"carried with {facts.column.name}: {', '.join(facts.carried.told)}"))
+    found += [Finding("dependents", what, None, "It is not carried.", remedy) for what, remedy in facts.carried.left]
+    if not found:
+        found.append(Finding("dependents", f"nothing else hangs on {facts.column.name}"))
+    if facts.column.number != max(c.number for c in facts.table.columns):
+        found.append(
+            Finding(
+                "column order",
+                f"after finalize {facts.column.name} is the last column",
+                None,
+                "SELECT * and COPY show it there, and an INSERT without a column list must give it last.",
+                "name the columns in statements that rely on their order",
+            )
+        )
+    return found
 
 
 def _publication_findings(facts: Facts) -> list[Finding]:

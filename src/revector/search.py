@@ -426,12 +426,16 @@ class Searcher:
 
 
 def _key_of(table: Table, column: Column, dimension: int | None, schema: str) -> tuple[sql.Composable, sql.Composable]:
-    """The column as its index has it, and its type: through a cast where the column declares no dimension."""
+    """The column as its index has it, and its type: through a cast where only such an index is there to use."""
     bare, own = sql.Identifier("t", column.name), sql.Identifier(schema, column.type_name)
-    if column.dimension is not None or dimension is None:
+    valid = [i for i in table.indexes if i.valid and i.covers_only(column)]
+    cast = next((c for c in (i.cast(column) for i in valid) if c and c[1] == (dimension or column.dimension)), None)
+    if column.dimension is not None:
+        if cast is None or any(i.keys == (column.number,) for i in valid):
+            return bare, own
+        dimension = column.dimension
+    elif dimension is None:
         return bare, own
-    casts = (i.cast(column) for i in table.indexes if i.valid)
-    cast = next((c for c in casts if c and c[1] == dimension), None)
     kind = raw(cast[0]) if cast else own
     return sql.SQL("(({})::{}({}))").format(bare, kind, sql.Literal(dimension)), kind
 

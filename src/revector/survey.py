@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 from psycopg import sql
 
+from revector.carried import Carried, read_carried
 from revector.catalog import (
     Column,
     Server,
@@ -119,6 +120,11 @@ def survey(
     first = following if known and live is None and ledger.registered() else 1
     numbers = (live.number if live else first, following + (first == following))
     exposed = ledger.views().get(numbers[0]) if known else None
+    carried = (
+        opened.plan.carried
+        if opened and not opened.stage.closed
+        else read_carried(session, table, column, new_identity, server.vector_schema or "public")
+    )
     measured = _measure(session, table, text, column, old, new, counts, request.batch_size or 50, note)
     facts = Facts(
         server=server,
@@ -132,7 +138,8 @@ def survey(
         next_number=numbers[1],
         counts=counts,
         measured=measured,
-        dependents=dependents(session, table, column, _carried(opened)),
+        dependents=dependents(session, table, column, _carried_names(table, column, carried, opened)),
+        carried=carried,
         functions=functions_naming(session, table, column),
         taken=(),
         star_statements=_star_statements(session, table),
@@ -219,9 +226,12 @@ def _new_model(
     return new, model, downloads
 
 
-def _carried(opened: MigrationRow | None) -> frozenset[str] | None:
-    """The indexes of an open migration; None: a new plan carries every vector index of the column."""
-    return None if opened is None or opened.stage.closed else opened.plan.index_names
+def _carried_names(table: Table, column: Column, carried: Carried, opened: MigrationRow | None) -> frozenset[str]:
+    """Names of the indexes and CHECKs that do not stay behind; a new plan carries every vector index of the column."""
+    if opened is not None and not opened.stage.closed:
+        return opened.plan.carried_names
+    vectors = {index.name for index in table.indexes if index.covers_only(column)}
+    return frozenset(vectors | {t.live_name for t in carried.twins} | {c.name for c in carried.checks})
 
 
 def check_vector(server: Server) -> None:

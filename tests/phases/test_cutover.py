@@ -397,17 +397,16 @@ def test_invalid_index_is_refused(
 DEPENDENTS = {
     "view": ("CREATE VIEW of_kb AS SELECT id, embedding FROM kb", "of_kb"),
     "materialized view": ("CREATE MATERIALIZED VIEW of_kb AS SELECT id, embedding FROM kb", "of_kb"),
-    "column grant": ("GRANT SELECT (embedding) ON kb TO PUBLIC", "column grants on column embedding"),
-    "statistics target": ("ALTER TABLE kb ALTER embedding SET STATISTICS 7", "statistics target 7 on column embedding"),
-    "storage": ("ALTER TABLE kb ALTER embedding SET STORAGE plain", "storage 'p' on column embedding"),
-    "compression": ("ALTER TABLE kb ALTER embedding SET COMPRESSION pglz", "compression on column embedding"),
+    "column grant": ("GRANT SELECT (embedding) ON kb TO PUBLIC", "SELECT for PUBLIC (set on embedding alone)"),
+    "statistics target": ("ALTER TABLE kb ALTER embedding SET STATISTICS 7", "statistics target 7 (set on embedding alone)"),
+    "storage": ("ALTER TABLE kb ALTER embedding SET STORAGE plain", "STORAGE PLAIN (set on embedding alone)"),
+    "compression": ("ALTER TABLE kb ALTER embedding SET COMPRESSION pglz", "COMPRESSION pglz (set on embedding alone)"),
     "attribute option": ("ALTER TABLE kb ALTER embedding SET (n_distinct = 100)", "n_distinct=100"),
     "check": ("ALTER TABLE kb ADD CONSTRAINT unit CHECK (vector_norm(embedding) < 2)", "constraint unit"),
     "default": ("ALTER TABLE kb ALTER embedding SET DEFAULT array_fill(1, ARRAY[16])::vector", "default value"),
     "generated column": (
         "ALTER TABLE kb ADD norm float8 GENERATED ALWAYS AS (vector_norm(embedding)) STORED", "norm"),
     "publication of all columns": ("CREATE PUBLICATION whole FOR TABLE kb", "publication whole"),
-    "publication of the column": ("CREATE PUBLICATION part FOR TABLE kb (id, embedding)", "part"),
     "publication of all tables": ("CREATE PUBLICATION everything FOR ALL TABLES", "publication everything"),
     "partial btree": ("CREATE INDEX done ON kb (note) WHERE embedding IS NOT NULL", "done"),
     "INCLUDE column": ("CREATE INDEX carrying ON kb (note) INCLUDE (embedding)", "carrying"),
@@ -431,6 +430,11 @@ DEPENDENTS = {
 }  # fmt: skip
 
 
+#: What a plan carries, if it is there when the plan is made.
+CARRIED = ("column grant", "statistics target", "storage", "compression", "attribute option", "check", "partial btree",
+           "INCLUDE column", "expression index")  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:.*wal_level.*")
 @pytest.mark.parametrize("kind", DEPENDENTS)
 def test_dependent_is_named_and_refused(dsn: str, connection: psycopg.Connection[Any], kind: str) -> None:
@@ -438,14 +442,15 @@ def test_dependent_is_named_and_refused(dsn: str, connection: psycopg.Connection
     statement, name = DEPENDENTS[kind]
     knowledge_base(connection, 20)
     made = shape(connection)
-    connection.execute(statement)  # type: ignore[arg-type]
-    with steering(dsn) as migration:
-        with pytest.raises(Refused, match="precondition") as caught:
-            migration.run(REQUEST)
-        assert name in str(caught.value) and "Nothing was changed" in caught.value.why and caught.value.hint
-    assert one(connection, "SELECT to_regnamespace('revector') IS NULL"), "a refused run leaves no trace"
-    undo(connection, kind)
-    assert shape(connection)["columns"] == made["columns"]
+    if kind not in CARRIED:
+        connection.execute(statement)  # type: ignore[arg-type]
+        with steering(dsn) as migration:
+            with pytest.raises(Refused, match="precondition") as caught:
+                migration.run(REQUEST)
+            assert name in str(caught.value) and "Nothing was changed" in caught.value.why and caught.value.hint
+        assert one(connection, "SELECT to_regnamespace('revector') IS NULL"), "a refused run leaves no trace"
+        undo(connection, kind)
+        assert shape(connection)["columns"] == made["columns"]
     advance(dsn, "VERIFIED")
     connection.execute(statement)  # type: ignore[arg-type]
     before = shape(connection)
@@ -459,21 +464,10 @@ def undo(connection: psycopg.Connection[Any], kind: str) -> None:
     statements = {
         "view": "DROP VIEW of_kb",
         "materialized view": "DROP MATERIALIZED VIEW of_kb",
-        "column grant": "REVOKE SELECT (embedding) ON kb FROM PUBLIC;"
-        " UPDATE pg_attribute SET attacl = NULL WHERE attrelid = 'kb'::regclass",
-        "statistics target": "ALTER TABLE kb ALTER embedding SET STATISTICS -1",
-        "storage": "ALTER TABLE kb ALTER embedding SET STORAGE external",
-        "compression": "ALTER TABLE kb ALTER embedding SET COMPRESSION default",
-        "attribute option": "ALTER TABLE kb ALTER embedding RESET (n_distinct)",
-        "check": "ALTER TABLE kb DROP CONSTRAINT unit",
         "default": "ALTER TABLE kb ALTER embedding DROP DEFAULT",
         "generated column": "ALTER TABLE kb DROP norm",
         "publication of all columns": "DROP PUBLICATION whole",
-        "publication of the column": "DROP PUBLICATION part",
         "publication of all tables": "DROP PUBLICATION everything",
-        "partial btree": "DROP INDEX done",
-        "INCLUDE column": "DROP INDEX carrying",
-        "expression index": "DROP INDEX measured",
         "binary-quantised index": "DROP INDEX quantised",
         "UPDATE OF trigger": "DROP TRIGGER watch ON kb",
         "WHEN of a trigger": "DROP TRIGGER watch ON kb",

@@ -29,12 +29,14 @@ ALLOWED: dict[str, set[str]] = {
     "partitions": {"errors", "db"},
     "throttle": {"errors", "settings", "db"},
     "catalog": {"errors", "settings", "embed", "quality", "db", "partitions"},
-    "plan": {"errors", "settings", "embed", "quality", "catalog", "partitions"},
+    "carried": {"errors", "embed", "db", "catalog"},
+    "plan": {"errors", "settings", "embed", "quality", "catalog", "carried", "partitions"},
     # what is done; neither a phase nor what it is given knows the ledger
     "trigger": {"errors", "db", "catalog", "plan"},
     "spending": {"errors", "settings", "embed", "db", "throttle"},
     "work": {"errors", "spending", "settings", "embed", "db", "catalog", "plan", "partitions", "throttle"},
     "phases": {
+        "carried",
         "errors",
         "settings",
         "embed",
@@ -51,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "ledger": {"errors", "settings", "embed", "db", "plan", "throttle"},
     "search": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work"},
     "knowledge_base": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "search", "work", "survey"},
-    "survey": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work", "partitions"},
+    "survey": {"carried", "errors", "settings", "embed", "db", "catalog", "plan", "ledger", "work", "partitions"},
     "follow": {
         "errors",
         "settings",
@@ -66,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
         "throttle",
         "spending",
     },
-    "migration": {"errors", "spending", "settings", "embed", "quality", "db", "catalog", "plan"}
+    "migration": {"carried", "errors", "spending", "settings", "embed", "quality", "db", "catalog", "plan"}
     | {"trigger", "work", "phases", "ledger", "search", "survey", "follow", "moment", "throttle"},
     # what is told of it; `report` imports the outcomes for their types alone
     "maintenance": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger"},

@@ -48,7 +48,9 @@ def run(work: Work, *, back: bool = False) -> Outcome:
         work.indexes_valid(incoming, list(present.values())),
         *swap(plan, work.table, outgoing, incoming),
         *(statement for name, statement in renames.items() if name in here),
+        *check_renames(plan, work.table, outgoing, incoming),
         *_move_comment(work, outgoing),
+        *_move_index_comments(work, outgoing, incoming),
     ]
     name = "rollback" if back else "cutover"
     pause = work.pause(
@@ -114,6 +116,34 @@ def index_renames(plan: Plan, schema: str, outgoing: Generation, incoming: Gener
             parts = {"index": sql.Identifier(schema, name), "name": sql.Identifier(wanted)}
             renames[name] = block("phases/cutover", "rename_index", **parts)
     return renames
+
+
+def check_renames(
+    plan: Plan, table: sql.Composable, outgoing: Generation, incoming: Generation
+) -> list[sql.Composable]:
+    """Each CHECK's name goes over to the incoming column's."""
+    return [
+        block("phases/cutover", "rename_check", table=table, check=sql.Identifier(now), name=sql.Identifier(then))
+        for generation, live in ((outgoing, True), (incoming, False))
+        for now, then in zip(
+            plan.check_names_of(generation, live=live), plan.check_names_of(generation, live=not live), strict=True
+        )
+    ]
+
+
+def _move_index_comments(work: Work, outgoing: Generation, incoming: Generation) -> list[sql.Composable]:
+    """The comment of an index stays with its name."""
+    plan = work.plan
+    shared = set(plan.index_names_of(incoming, live=True))
+    after = dict(zip(plan.index_names_of(outgoing, live=True), plan.index_names_of(outgoing, live=False), strict=True))
+    names = [name for name in after if name in shared]
+    told: list[tuple[str, sql.Composable]] = []
+    for row in work.control.rows(block("phases/cutover", "comments"), table=plan.table_oid, names=names):
+        told += [(row.name, sql.Literal(row.comment)), (after[row.name], sql.SQL("NULL"))]
+    return [
+        block("phases/cutover", "comment_index", index=sql.Identifier(work.schema, name), comment=comment)
+        for name, comment in told
+    ]
 
 
 def _move_comment(work: Work, outgoing: Generation) -> list[sql.Composable]:

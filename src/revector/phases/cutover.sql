@@ -36,3 +36,20 @@ UPDATE revector.generations o SET attnum = i.attnum
 SELECT c.oid, c.relname AS name
   FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
  WHERE i.indrelid = %(table)s::oid AND c.relname = ANY (%(names)s);
+
+-- name: rename_check
+-- The CHECK keeps the name that the application's error handling knows.
+-- lock: ACCESS EXCLUSIVE
+ALTER TABLE {table} RENAME CONSTRAINT {check} TO {name};
+
+-- name: comments
+-- The comments of these indexes.
+-- lock: none
+SELECT c.relname AS name, obj_description(c.oid, 'pg_class') AS comment
+  FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+ WHERE i.indrelid = %(table)s::oid AND c.relname = ANY (%(names)s) AND obj_description(c.oid, 'pg_class') IS NOT NULL;
+
+-- name: comment_index
+-- The index's comment goes with the name.
+-- lock: SHARE UPDATE EXCLUSIVE on the index
+COMMENT ON INDEX {index} IS {comment};

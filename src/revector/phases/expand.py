@@ -33,4 +33,11 @@ def statements(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
     column = block(
         "phases/expand", "add_column", table=table, candidate=candidate, type=raw(plan.column_sql_type(plan.new))
     )
-    return [column, *trigger.create(plan, table)]
+    checks = [
+        block(
+            "phases/expand", "add_check", table=table, name=sql.Identifier(name),
+            condition=raw(check.on(candidate.as_string(None))),
+        )
+        for name, check in zip(plan.check_names_of(plan.new, live=False), plan.carried.checks, strict=True)
+    ]  # fmt: skip
+    return [column, *checks, *plan.carried.settings_on(table, plan.new.column), *trigger.create(plan, table)]

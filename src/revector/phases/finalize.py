@@ -219,9 +219,9 @@ def _drop_from_partitions(
 
 
 def _matching(plan: Plan, drop: Generation, keep: Generation) -> list[str | None]:
-    """For each vector index that stays, the one that it replaces, if there was one."""
-    names: list[str | None] = [*_vector_indexes(plan, drop)]
-    return names + [None] * (len(plan.index_names_of(keep, live=True)) - len(names))
+    """For each index that stays, the one that it replaces, if there was one."""
+    dropped = dict(zip(plan.index_names_of(drop, live=True), _vector_indexes(plan, drop), strict=True))
+    return [dropped.get(name) for name in plan.index_names_of(keep, live=True)]
 
 
 def _hand_over_names(

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from psycopg import errors as pg
 from psycopg import sql
 
+from revector.carried import Twin
 from revector.db import block, raw, with_clause
 from revector.errors import Interrupted, Refused
 from revector.partitions import Leaf, Part, below, index_parts
@@ -39,6 +40,13 @@ def run(work: Work) -> Outcome:
                 **_everywhere(work, target.name, f"_{number}", plan.new, partial(_vector_statement, plan, target)),
             }
             built.append(target.describe())
+    names = plan.index_names_of(plan.new, live=False)[len(plan.indexes) :]
+    for name, suffix, twin in zip(names, plan.twin_suffixes(plan.new), plan.carried.twins, strict=True):
+        with work.step("index.build") as told:
+            make = partial(_twin_statement, plan, twin)
+            told |= {"index": name, "as": twin.live_name, **_everywhere(work, name, suffix, plan.new, make)}
+            built.append(f"{twin.live_name} again")
+    _validate_checks(work)
     with work.step("index.pending") as told:
         for generation in (plan.new, plan.old):
             name = generation.pending_index
@@ -55,6 +63,15 @@ def statements(plan: Plan, table: sql.Composable, parts: Sequence[Part] = ()) ->
     """Everything that the phase executes, the vector indexes first; `parts`: what is below a partitioned table."""
     indexes: list[tuple[str, str, Generation, _Make]] = [
         *((t.name, f"_{n}", plan.new, partial(_vector_statement, plan, t)) for n, t in enumerate(plan.indexes, 1)),
+        *(
+            (name, suffix, plan.new, partial(_twin_statement, plan, twin))
+            for name, suffix, twin in zip(
+                plan.index_names_of(plan.new, live=False)[len(plan.indexes) :],
+                plan.twin_suffixes(plan.new),
+                plan.carried.twins,
+                strict=True,
+            )
+        ),
         *((g.pending_index, "_pending", g, partial(_pending_statement, plan, g)) for g in (plan.new, plan.old)),
     ]
     told: list[sql.Composable] = []
@@ -83,6 +100,24 @@ def _vector_statement(
         parameters=with_clause(target.parameters),
         predicate=sql.SQL(" WHERE {}").format(raw(target.predicate)) if target.predicate else sql.SQL(""),
     )
+
+
+def _twin_statement(plan: Plan, twin: Twin, table: sql.Composable, name: str, *, root: bool = False) -> sql.Composable:
+    return block(
+        "phases/index",
+        "twin_root" if root else "twin_index",
+        name=sql.Identifier(name),
+        table=table,
+        using=raw(twin.on(sql.Identifier(plan.new.column).as_string(None))),
+    )
+
+
+def _validate_checks(work: Work) -> None:
+    """The candidate's CHECKs are known to hold where the live column's are."""
+    plan = work.plan
+    for name, check in zip(plan.check_names_of(plan.new, live=False), plan.carried.checks, strict=True):
+        if check.valid:
+            work.control.execute(block("phases/index", "validate", table=work.table, name=sql.Identifier(name)))
 
 
 def _pending_statement(

@@ -8,6 +8,21 @@ CREATE INDEX CONCURRENTLY {name} ON {table} USING {method} ({key} {opclass}){par
 -- lock: ACCESS EXCLUSIVE on the partitioned table alone, which holds no row
 CREATE INDEX {name} ON ONLY {table} USING {method} ({key} {opclass}){parameters}{predicate};
 
+-- name: twin_index
+-- A secondary index that involves the vector column, on the candidate.
+-- lock: SHARE UPDATE EXCLUSIVE, for long
+CREATE INDEX CONCURRENTLY {name} ON {table} USING {using};
+
+-- name: twin_root
+-- The same on a partitioned table alone.
+-- lock: ACCESS EXCLUSIVE on the partitioned table alone, which holds no row
+CREATE INDEX {name} ON ONLY {table} USING {using};
+
+-- name: validate
+-- A CHECK of the candidate's, for the rows that the backfill wrote; reads and writes go on.
+-- lock: SHARE UPDATE EXCLUSIVE, for a scan
+ALTER TABLE {table} VALIDATE CONSTRAINT {name};
+
 -- name: pending_index
 -- The small index that finds a generation's pending rows; made after the sweeps, for with it no update is HOT.
 -- lock: SHARE UPDATE EXCLUSIVE, for a scan
