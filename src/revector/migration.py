@@ -823,7 +823,6 @@ class Migration:
             self._check_follower(row, follow=follow, without_follower=without_follower)
         with self._following(follow and both):
             if row.stage is Stage.VERIFIED:
-                self._check_dependents(row, "expose")
                 trigger.check(self.control, plan)
                 self.observe(Note(serve.run(work).summary))
             if both and plan.new.number not in known:
