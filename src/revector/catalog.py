@@ -180,6 +180,8 @@ class Table:
     total_bytes: int
     row_security: bool
     forces_row_security: bool
+    #: Whether this role may create indexes in the table's schema.
+    may_index: bool
     owned: bool
     owner: str
     has_children: bool

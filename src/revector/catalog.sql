@@ -51,6 +51,7 @@ SELECT c.oid, n.nspname AS schema, c.relname AS name, c.relkind::text AS kind, c
        c.reltuples::float8 AS estimated_rows, pg_relation_size(c.oid) AS heap_bytes,
        pg_total_relation_size(c.oid) AS total_bytes,
        c.relrowsecurity AS row_security, c.relforcerowsecurity AS forces_row_security,
+       has_schema_privilege(c.relnamespace, 'CREATE') AS may_index,
        pg_has_role(current_user, c.relowner, 'USAGE') AS owned, c.relowner::regrole::text AS owner,
        EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid) AS has_children,
        EXISTS (SELECT FROM pg_inherits WHERE inhrelid = c.oid) AS is_child

@@ -483,7 +483,7 @@ def translated(command: str = "") -> Iterator[None]:
         raise Refused(
             f"missing right: {_first_line(error)}",
             why="Nothing of this step was changed.",
-            hint="run as the table's owner, who needs CREATE on the database once: GRANT CREATE ON DATABASE ... TO ...",
+            hint="run as the table's owner; it may need the role that owns schema revector: GRANT that role TO this one",
         ) from error
     except psycopg.Error as error:
         if error.sqlstate in (DOUBT, PENDING):

@@ -603,7 +603,7 @@ def _findings(request: Request, facts: Facts, plan: Plan) -> list[Finding]:
     found: list[Finding] = [
         Finding("server", f"PostgreSQL {server.version}, pgvector {server.vector_version}"),
         _table_finding(table),
-        _rights_finding(server, table),
+        rights_finding(server, table),
         Finding(
             "vector column", f"{table.name}.{column.name}, {column.type}" + (", NOT NULL" if column.not_null else "")
         ),
@@ -723,7 +723,8 @@ def _partitions_finding(name: str, told: str, partitions: Partitions) -> Finding
     return Finding("table", told)
 
 
-def _rights_finding(server: Server, table: Table) -> Finding:
+def rights_finding(server: Server, table: Table) -> Finding:
+    """Whether this role may do all of it; a refusal names the one GRANT that is missing first."""
     if not table.owned:
         return Finding(
             "rights",
@@ -739,6 +740,14 @@ def _rights_finding(server: Server, table: Table) -> Finding:
             False,
             "The ledger lives in a schema of its own, revector.",
             f'GRANT CREATE ON DATABASE "{server.database}" TO "{server.role}"',
+        )
+    if not table.may_index:
+        return Finding(
+            "rights",
+            f"role {server.role} may not create anything in schema {table.schema}",
+            False,
+            "Indexes live in the table's schema.",
+            f'GRANT CREATE ON SCHEMA "{table.schema}" TO "{server.role}"',
         )
     if not server.may_use_temp:
         return Finding(

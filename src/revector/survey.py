@@ -42,6 +42,7 @@ from revector.plan import (
     Request,
     TargetIndex,
     draft,
+    rights_finding,
 )
 from revector.settings import Settings
 from revector.work import embedder_for
@@ -72,6 +73,10 @@ def survey(
             why="One column cannot have two names in one partitioned table. Nothing was changed.",
             hint=f"name the whole table: {table.parent}",
         )
+    # What the survey itself needs is asked first; the others are in the list of preconditions.
+    if not (table.owned and server.may_use_temp and table.may_index):
+        missing = rights_finding(server, table)
+        raise Refused(missing.finding, why=f"{missing.why} Nothing was changed.", hint=missing.remedy)
     column = table.vector_column(request.vector or _vector_column(table))
     known = exists(session)
     if known:

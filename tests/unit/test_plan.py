@@ -41,7 +41,7 @@ HNSW = Index(91, "kb_hnsw", "hnsw", True, (3,), "public.vector_cosine_ops", (("m
 def facts(**changes: Any) -> Facts:
     server = Server("18.4", 180004, "db", False, "0.8.5", "public", True, True, False, True, True, "me")
     table = Table(
-        16384, "public", "kb", "r", "p", 1000, 8_192_000, 9_000_000, False, False, True, "me", False, False,
+        16384, "public", "kb", "r", "p", 1000, 8_192_000, 9_000_000, False, False, True, True, "me", False, False,
         (COLUMN,), ("id",), (frozenset({"id"}),), (), (), (),
     )  # fmt: skip
     text = Text("content", "content", (("content", "text"),))
@@ -56,6 +56,7 @@ def facts(**changes: Any) -> Facts:
         "indexes",
         "triggers",
         "forces_row_security",
+        "may_index",
         "has_children",
         "update_rules",
         "partitions",
@@ -90,6 +91,7 @@ def test_a_plain_table_has_no_blocker() -> None:
         ({"owned": False}, "rights"),
         ({"may_create_schema": False}, "rights"),
         ({"may_use_temp": False}, "rights"),
+        ({"may_index": False}, "rights"),
         ({"forces_row_security": True, "bypasses_rls": False}, "rights"),
         ({"old": identity("old", 512)}, "dimensions"),
         ({"new": identity("new", 3072)}, "index"),
