@@ -579,12 +579,17 @@ def plan(
     include_null: IncludeNull = False,
     per_million: PerMillion = None,
     per_hour: PerHour = None,
+    rehearse: Annotated[
+        bool,
+        typer.Option("--rehearse", help="Try the short DDL and one INSERT, UPDATE, SELECT; all is rolled back."),
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Show what a run would do: findings, time, storage, every statement.
 
-    Changes nothing. Exit code 3 when a precondition is not met.
+    Changes nothing. Exit code 3 when a precondition is not met. A rehearsal holds the table for some milliseconds, at
+    most for a second.
 
     Example: revector plan knowledge_base --from all-MiniLM-L6-v2 --to all-mpnet-base-v2
     """
@@ -604,7 +609,7 @@ def plan(
         accept_triggers,
         include_null,
     )
-    _plan(table, request, verbose, as_json=as_json, per_million=per_million, per_hour=per_hour)
+    _plan(table, request, verbose, as_json=as_json, per_million=per_million, per_hour=per_hour, rehearsed=rehearse)
 
 
 @app.command(cls=_Command, rich_help_panel=FORWARD)
@@ -1372,6 +1377,7 @@ def _plan(
     as_json: bool = False,
     per_million: float | None = None,
     per_hour: float | None = None,
+    rehearsed: bool = False,
 ) -> None:
     from revector.ledger import NEXT
     from revector.migration import Migration
@@ -1391,7 +1397,12 @@ def _plan(
             "per_million": per_million,
             "per_hour": per_hour,
         }
-        terminal.say(_json(report.preview_json(shown, **given)) if as_json else report.preview(shown, **given))
+        done = migration.rehearse(shown.draft) if rehearsed and not shown.draft.blockers else None
+        if as_json:
+            told = report.preview_json(shown, **given)
+            terminal.say(_json(told | ({"rehearsal": report.rehearsed_json(done)} if done else {})))
+        else:
+            terminal.say(report.preview(shown, **given) + (f"\n{report.rehearsed(done)}" if done else ""))
     if count := len(shown.draft.blockers):
         raise Refused(
             f"{table}: {count} precondition{'s are' if count > 1 else ' is'} not met",

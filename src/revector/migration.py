@@ -42,6 +42,7 @@ from revector.plan import (
     own_name,
     with_consents,
 )
+from revector.rehearsal import Rehearsed, rehearse
 from revector.settings import Settings
 from revector.spending import MONEY, Purse, Spent, check_price, spent
 from revector.survey import check_vector, identify, survey
@@ -352,6 +353,18 @@ class Migration:
                 _statements(made.plan, facts),
                 request.batch_size or DEFAULT_BATCH,
             )
+
+    def rehearse(self, made: Draft) -> Rehearsed:
+        """Try the short steps of this draft on the real table, and roll them back: see `rehearsal.rehearse`."""
+        with translated(self._command("plan")):
+            row = self.latest()
+            if row is not None and not row.stage.closed:
+                raise Refused(
+                    f"{self.name}: a migration is open at {row.stage}, so its short steps are not rehearsed",
+                    why="They are on the table already. Nothing was changed.",
+                    hint=self._command("status"),
+                )
+            return rehearse(self.control, made.plan, read_table(self.control, self.oid))
 
     def status(self) -> Status:
         """What is true now: which model answers, what is pending, what comes next."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from revector.maintenance import Versions
     from revector.migration import Exposed, Missing, Preview, Result, Side, Status
     from revector.plan import Finding, Request, TargetIndex
+    from revector.rehearsal import Rehearsed
     from revector.search import SearchResult
     from revector.spending import Spent
     from revector.throttle import Tuning
@@ -479,6 +480,21 @@ def _no_follower(now: Status) -> str:
     if str(now.stage) in ("SERVED", "CUT_OVER"):
         return f"none: edited rows stay without vectors; revector follow {shlex.quote(now.table)}"
     return "none"
+
+
+def rehearsed(done: Rehearsed) -> str:
+    """What a rehearsal has shown."""
+    head = f"rehearsal: everything went well; the table was held for {done.total_ms:,.0f} ms, and all was rolled back"
+    if not done.tried:
+        head += "\n  INSERT, UPDATE and SELECT were not tried: no row has a text and a vector"
+    width = max(len(part) for part, _ in done.parts)
+    return "\n".join([head, *(f"  {part:<{width}}  {ms:>7.1f} ms" for part, ms in done.parts)])
+
+
+def rehearsed_json(done: Rehearsed) -> dict[str, Any]:
+    """The same for programs."""
+    parts = [{"part": part, "ms": round(ms, 1)} for part, ms in done.parts]
+    return {"held_ms": round(done.total_ms, 1), "tried": done.tried, "parts": parts}
 
 
 def missing(found: Missing) -> str:

@@ -68,7 +68,8 @@ ALLOWED: dict[str, set[str]] = {
         "throttle",
         "spending",
     },
-    "migration": {"carried", "errors", "spending", "settings", "embed", "quality", "db", "catalog", "plan"}
+    "rehearsal": {"errors", "db", "catalog", "plan", "trigger", "phases"},
+    "migration": {"carried", "rehearsal", "errors", "spending", "settings", "embed", "quality", "db", "catalog", "plan"}
     | {"trigger", "work", "phases", "ledger", "search", "survey", "follow", "moment", "throttle"},
     # what is told of it; `report` imports the outcomes for their types alone
     "maintenance": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger"},

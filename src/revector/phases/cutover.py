@@ -78,20 +78,27 @@ def _refuse_not_null_part(work: Work, columns: tuple[str, str]) -> None:
         )
 
 
-def swap(plan: Plan, table: sql.Composable, outgoing: Generation, incoming: Generation) -> list[sql.Composable]:
-    """The renames, the trigger function for the new names, and the ledger's live generation."""
+def names(plan: Plan, table: sql.Composable, outgoing: Generation, incoming: Generation) -> list[sql.Composable]:
+    """The renames, and the trigger function for the new names."""
 
     def rename(column: str, name: str) -> sql.Composable:
         return block(
             "phases/cutover", "rename_column", table=table, column=sql.Identifier(column), name=sql.Identifier(name)
         )
 
-    numbers = {"live": incoming.number, "old": plan.old.number, "new": plan.new.number, "table": plan.table_oid}
-    pending = {"relation": table, "incoming": sql.Identifier(plan.column), "text": raw(plan.text_sql)}
     return [
         rename(plan.column, outgoing.column),
         rename(incoming.column, plan.column),
         trigger.served(plan, incoming, plan.column, outgoing.column),
+    ]
+
+
+def swap(plan: Plan, table: sql.Composable, outgoing: Generation, incoming: Generation) -> list[sql.Composable]:
+    """The names, and the ledger's live generation."""
+    numbers = {"live": incoming.number, "old": plan.old.number, "new": plan.new.number, "table": plan.table_oid}
+    pending = {"relation": table, "incoming": sql.Identifier(plan.column), "text": raw(plan.text_sql)}
+    return [
+        *names(plan, table, outgoing, incoming),
         block("phases/cutover", "flip", **{k: sql.Literal(v) for k, v in numbers.items()}, **pending),
         *(
             [block("phases/cutover", "move_others", **{k: sql.Literal(v) for k, v in numbers.items()})]
