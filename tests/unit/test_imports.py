@@ -74,6 +74,7 @@ ALLOWED: dict[str, set[str]] = {
     # what is told of it; `report` imports the outcomes for their types alone
     "maintenance": {"errors", "settings", "embed", "db", "catalog", "plan", "ledger"},
     "report": {
+        "rehearsal",
         "errors",
         "plan",
         "ledger",
