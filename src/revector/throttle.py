@@ -22,6 +22,8 @@ from revector.errors import RevectorError
 #: Seconds between two looks at limits and locks, and between two at the standbys.
 LOOK: Final = 0.5
 LOOK_AT_STANDBYS: Final = 2.0
+#: A wait of 100 ms and a little more must not end unseen between two looks.
+LOOK_AT_LOCKS: Final = 0.1
 #: Standbys may be so late, seconds, unless the operator says otherwise; writing goes on below half of it.
 MAX_LAG: Final = 10.0
 #: The pauses between writes while others wait for our locks, seconds.
@@ -261,6 +263,8 @@ class Watch:
         self.pids: set[int] = set()
         self._standbys = Standbys()
         self._told_hidden = False
+        #: Whether somebody was seen waiting for us since the last full look.
+        self._blocked = False
 
     @contextmanager
     def watching(self) -> Iterator[Watch]:
@@ -276,14 +280,18 @@ class Watch:
 
     def _run(self, ended: threading.Event) -> None:
         session: Session | None = None
-        looked_at_standbys = 0.0
+        looked = looked_at_standbys = 0.0
         try:
-            while not ended.wait(LOOK if session is not None else 0.05):
+            while not ended.wait(LOOK_AT_LOCKS if session is not None else 0.05):
                 if not self.throttle.wanted():
                     continue
                 try:
                     if session is None or session.connection.closed:
                         session = self.database.connect("watch")
+                    if time.monotonic() - looked < LOOK:
+                        self.glance(session)
+                        continue
+                    looked = time.monotonic()
                     standbys = time.monotonic() - looked_at_standbys >= LOOK_AT_STANDBYS
                     looked_at_standbys = time.monotonic() if standbys else looked_at_standbys
                     self.look(session, standbys=standbys)
@@ -298,15 +306,24 @@ class Watch:
             if session is not None:
                 session.close()
 
+    def glance(self, session: Session) -> None:
+        """Look at the locks alone; between two full looks the pauses grow once, however long somebody waits."""
+        if self.pids and not self._blocked:
+            found = session.row(block("throttle", "blocked"), ours=list(self.pids))
+            if found is not None:
+                self._blocked = True
+                self.throttle.blocked(f"process {found.pid} for {1000 * found.seconds:.0f} ms")
+
     def look(self, session: Session, *, standbys: bool) -> None:
         """One look at the limits, at who waits for us, and at the standbys."""
         row = session.row(block("throttle", "limits"), migration=self.migration)
         if row is not None:
             self.throttle.tuning = Tuning.from_json(row.limits)
             self._batch_size(row.batch_size)
-        if self.pids:
-            found = session.row(block("throttle", "blocked"), ours=list(self.pids))
-            self.throttle.blocked(f"process {found.pid} for {1000 * found.seconds:.0f} ms" if found else "")
+        self.glance(session)
+        if self.pids and not self._blocked:
+            self.throttle.blocked("")
+        self._blocked = False
         if standbys:
             late, who = self._standbys.lag(session.rows(block("throttle", "standbys")))
             self.throttle.lag(late, who)

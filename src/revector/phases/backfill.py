@@ -347,9 +347,8 @@ class _Sweep:
                     written, hot = written + rows, hot + share
                     self.figures["rows"] += rows
                     self._progress("backfill")
-                    if gap:
-                        time.sleep(gap)
-                gap = self._next_gap(session, window.leaf, gap, hot / written if written else 1.0)
+                    self._rest(gap)
+                gap = self._next_gap(session, window, gap, hot / written if written else 1.0)
                 if gap >= _LONGEST_GAP and not told_of_snapshot:
                     told_of_snapshot = True
                     holder = session.value(block("phases/backfill", "in_the_way"))
@@ -403,14 +402,26 @@ class _Sweep:
             rows = at.write(statement, place=place, lo=f"({lo},0)", hi=f"({hi},0)")
             return rows, session.value(block("phases/backfill", "hot"), table=window.leaf.oid) - at.hot
 
-    def _next_gap(self, session: Session, leaf: Leaf, gap: float, share: float) -> float:
+    def _rest(self, gap: float) -> None:
+        """The gap between two passes; when we are asked to stop, what is in hand is written without."""
+        until = time.monotonic() + gap
+        while (left := until - time.monotonic()) > 0 and not self._asked_to_stop():
+            time.sleep(min(left, 0.1))
+
+    def _next_gap(self, session: Session, window: _Window, gap: float, share: float) -> float:
         """Below half of the share that the row shape allows, double the gap between passes; else shrink it."""
+        leaf = window.leaf
         if leaf.oid not in self.expected:
             row = session.row(
-                "SELECT pg_relation_size(oid)::float8 / greatest(reltuples, 1) AS bytes FROM pg_class WHERE oid = %(t)s::oid",
+                "SELECT pg_relation_size(oid)::float8 / nullif(greatest(reltuples, 0), 0) AS bytes"
+                " FROM pg_class WHERE oid = %(t)s::oid",
                 t=leaf.oid,
             )
-            size = max(row.bytes if row else 1000.0, 24.0)
+            if row is None or row.bytes is None:  # never analysed: the window tells
+                blocks = len(np.unique(window.rows.blocks))
+                size = max(8192 * blocks / max(len(window.rows.blocks), 1), 24.0)
+            else:
+                size = max(row.bytes, 24.0)
             width = 8 + self.work.plan.new.model.dimension * (4 if self.work.plan.column_type == "vector" else 2)
             self.expected[leaf.oid] = hot_share(size, 20 if size + width > 2032 else width, max(1.0, 8168 / size))
         if share < 0.5 * self.expected[leaf.oid]:
