@@ -15,6 +15,7 @@ from revector.phases import backfill
 from revector.work import Note, Observation, Recorded
 
 WRITTEN = "SELECT count(embedding_g2) FROM kb"
+ALIVE = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'revector%'"
 
 
 def test_peer_17_encoder_never_waits_for_the_database(
@@ -106,7 +107,7 @@ def test_peer_18_no_full_scans_for_pending_counts(dsn: str, connection: psycopg.
 
     def read() -> tuple[int, int]:
         # A session tells what it has read before it leaves this list.
-        until(lambda: one(connection, "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'revector%'") == 0)
+        until(lambda: one(connection, ALIVE) == 0)
         row = connection.execute(
             "SELECT seq_tup_read, (SELECT sum(idx_scan) FROM pg_stat_user_indexes i WHERE i.relid = t.relid"
             " AND indexrelname LIKE '%pending%') FROM pg_stat_user_tables t WHERE relname = 'kb'"
