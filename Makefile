@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 PYTEST := $(VENV)/bin/python -m pytest --timeout 600
 SIZE   := $(if $(FULL),,and not slow)
 
-.PHONY: help install check test roads evidence bench demo clean
+.PHONY: help install check test roads evidence bench bench-full demo clean
 
 help:
 	@echo "make demo      upgrade the model behind a real table, and go back (5 minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make roads     every scenario down every road: kill, resume, abort, roll back"
 	@echo "make check     ruff and mypy --strict"
 	@echo "make bench     ratios against a baseline measured in the same run"
+	@echo "make bench-full  what an application notices, at 1 and 5 million rows (an hour or more)"
 	@echo "make evidence  full-size proofs; needs REVECTOR_DATA=<folder>"
 	@echo "make install   only set up .venv"
 	@echo "make clean     remove .venv and everything else that was made"
@@ -48,6 +49,9 @@ evidence:
 
 bench: $(STAMP)
 	@$(VENV)/bin/python benchmarks/bench.py
+
+bench-full: $(STAMP)
+	@for rows in 1000000 5000000; do echo "== $$rows rows"; $(VENV)/bin/python benchmarks/serving.py $$rows hash:8 hash:16 || exit; done
 
 demo: $(STAMP)
 	@$(VENV)/bin/revector demo

@@ -9,34 +9,23 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psycopg
 from pgvector.psycopg import register_vector
 
+import serving
 from revector import Embedder, Migration, Request, Settings
 from revector.embedded import create_database, embedded_server
+from serving import Row
 
 HERE = Path(__file__).parent
 #: Rows of the database-side comparison, and bytes of text in each.
 ROWS, BYTES = 20_000, 1_000
 OLD, NEW = "hash:384", "hash:768"
 RUNS = 3
-
-
-@dataclass
-class Row:
-    """One line of results.json."""
-
-    name: str
-    value: float
-    unit: str
-    baseline: float | None
-    ratio: float | None
-    target: str
-    met: bool
 
 
 def texts(count: int) -> list[str]:
@@ -162,7 +151,7 @@ def main() -> None:
         return
     with embedded_server() as server:
         dsn = create_database(server, "bench")
-        rows = [*database_side(dsn), *memory(dsn), *encoder(dsn)]
+        rows = [*database_side(dsn), *memory(dsn), *encoder(dsn), *serving.rows(dsn, serving.Size())]
         with psycopg.connect(dsn) as connection:
             version = connection.execute(
                 "SELECT current_setting('server_version'), extversion FROM pg_extension WHERE extname = 'vector'"
@@ -176,13 +165,9 @@ def main() -> None:
         "rows": [asdict(row) for row in rows],
     }
     (HERE / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-    for row in rows:
-        against = (
-            f" against {row.baseline:,.2f}: {row.ratio:.2f} times" if row.baseline is not None and row.ratio else ""
-        )
-        print(
-            f"{'met   ' if row.met else 'MISSED'} {row.name}: {row.value:,.2f} {row.unit}{against} (target {row.target})"
-        )
+    print("\n".join(serving.tell(row) for row in rows))
+    if not all(row.met for row in rows):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,420 @@
+"""What an application notices of a migration, beside the usual way: rename at once, UPDATE by id.
+
+`python benchmarks/serving.py [ROWS [OLD NEW]]` prints these rows alone; `make bench` has them at 20,000 rows and `make
+bench-full` at 1 and 5 million with vectors of 8 and 16 dimensions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+from pgvector.psycopg import register_vector
+
+from revector import Embedder, Migration, Request, Settings
+from revector.embedded import create_database, embedded_server
+from revector.follow import Follower
+from revector.work import Observation, Recorded
+
+#: Bytes of text in a row: with the vectors out of line, eight rows fit a page.
+BYTES = 950
+BUDGET_MS = 200
+STATEMENTS = 20_000
+
+
+@dataclass
+class Row:
+    """One line of results.json."""
+
+    name: str
+    value: float
+    unit: str
+    baseline: float | None
+    ratio: float | None
+    target: str
+    met: bool
+
+
+@dataclass
+class Size:
+    """How large the tables are, and the two models."""
+
+    rows: int = 20_000
+    old: str = "hash:384"
+    new: str = "hash:768"
+
+
+def text_of(number: int) -> str:
+    return (f"document {number} tells of subject {number % 97} and place {number * 7919 % 1009} " * 20)[:BYTES]
+
+
+def make_table(connection: psycopg.Connection[Any], size: Size, *, index: bool = True) -> None:
+    """`kb` with `size.rows` rows, the old model's vectors and an HNSW index; the candidate's vectors are toasted."""
+    connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+    register_vector(connection)
+    for schema in ("rv_kb_g1", "rv_kb_g2", "revector"):
+        connection.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+    connection.execute("DROP TABLE IF EXISTS kb")
+    old = Embedder(size.old)
+    connection.execute(
+        f"CREATE TABLE kb (id bigint PRIMARY KEY, content text NOT NULL, embedding vector({old.get_embedding_dimension()}))"
+    )
+    # The text stays in its row, so that the shape does not depend on how well it compresses.
+    connection.execute("ALTER TABLE kb ALTER content SET STORAGE PLAIN")
+    with connection.cursor().copy("COPY kb FROM STDIN (FORMAT binary)") as copy:
+        copy.set_types(["int8", "text", "vector"])
+        for first in range(0, size.rows, 10_000):
+            numbers = range(first, min(first + 10_000, size.rows))
+            documents = [text_of(n) for n in numbers]
+            for number, text, vector in zip(numbers, documents, old.encode(documents), strict=True):
+                copy.write_row((number, text, vector))
+    if index:
+        connection.execute("SET maintenance_work_mem = '1GB'")
+        connection.execute("CREATE INDEX kb_embedding_idx ON kb USING hnsw (embedding vector_cosine_ops) WITH (m = 8)")
+    connection.execute("VACUUM ANALYZE kb")
+
+
+def usual_way(connection: psycopg.Connection[Any], size: Size) -> None:
+    """A script: SELECT a batch, embed it, UPDATE each row by id, commit."""
+    model, done = Embedder(size.new), 0
+    connection.execute(f"ALTER TABLE kb ADD COLUMN usual vector({model.get_embedding_dimension()})")
+    while batch := connection.execute(
+        "SELECT id, content FROM kb WHERE usual IS NULL AND id >= %s ORDER BY id LIMIT 50", (done,)
+    ).fetchall():
+        vectors = model.encode([text for _, text in batch])
+        with connection.transaction(), connection.cursor() as cursor:
+            cursor.executemany(
+                "UPDATE kb SET usual = %s WHERE id = %s", [(v, n) for (n, _), v in zip(batch, vectors, strict=True)]
+            )
+        done = batch[-1][0] + 1
+
+
+class Done(Exception):
+    """The step that was asked for has been taken."""
+
+
+def our_way(dsn: str, size: Size, *, until: str = "", tuning: dict[str, float | None] | None = None) -> None:
+    """`run`, as far as the step `until`."""
+
+    def observe(seen: Observation) -> None:
+        if isinstance(seen, Recorded) and seen.step == until:
+            raise Done
+
+    settings = Settings(database_url=dsn)
+    with contextlib.suppress(Done), Migration.open(settings, table="kb", observe=observe) as migration:
+        migration.run(Request(from_=size.old, to=size.new), tuning=tuning)
+
+
+@contextlib.contextmanager
+def following(dsn: str) -> Iterator[None]:
+    """A follower, as a service would run it."""
+    stop = threading.Event()
+    with psycopg.connect(dsn) as connection:
+        oid = connection.execute("SELECT 'kb'::regclass::oid").fetchone()[0]  # type: ignore[index]
+    thread = threading.Thread(target=Follower(Settings(database_url=dsn), oid, stop=stop.is_set).run)
+    thread.start()
+    try:
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            alive = "SELECT count(*) FROM revector.heartbeats WHERE active"
+            while not connection.execute(alive).fetchone()[0]:  # type: ignore[index]
+                time.sleep(0.05)
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Client:
+    """One instance of a version of the application, with its own model; `path`: its search_path."""
+
+    dsn: str
+    model: str
+    path: str
+    seed: int
+    rows: int
+    statements: int = 0
+    errors: list[str] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        chance, embedder = random.Random(self.seed), Embedder(self.model)
+        with psycopg.connect(self.dsn, autocommit=True, options=f"-csearch_path={self.path}") as connection:
+            register_vector(connection)
+            while not self.stop.is_set():
+                text, row = f"client {self.seed} wrote {chance.random()}", chance.randrange(self.rows)
+                vector = embedder.encode([text])[0]
+                for statement, values in (
+                    ("SELECT id FROM kb ORDER BY embedding <=> %s LIMIT 5", (vector,)),
+                    ("UPDATE kb SET content = %s, embedding = %s WHERE id = %s", (text, vector, row)),
+                    ("UPDATE kb SET content = %s WHERE id = %s", (text + ".", chance.randrange(self.rows))),
+                    ("INSERT INTO kb (id, content, embedding) VALUES (%s, %s, %s) ON CONFLICT (id)"
+                     " DO UPDATE SET content = excluded.content, embedding = excluded.embedding",
+                     (self.rows + chance.randrange(500), text, vector)),
+                    ("SELECT content FROM kb WHERE id = %s", (row,)),
+                    ("DELETE FROM kb WHERE id = %s", (self.rows + chance.randrange(500),)),
+                ):  # fmt: skip
+                    self.statements += 1
+                    try:
+                        connection.execute(statement, values)
+                    except psycopg.Error as error:
+                        self.errors.append(f"{error.sqlstate} {error}")
+
+
+@contextlib.contextmanager
+def at_work(clients: list[Client]) -> Iterator[None]:
+    threads = [threading.Thread(target=client.run) for client in clients]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for client in clients:
+            client.stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def errors(dsn: str, size: Size) -> Row:
+    """Both versions on their views through the whole way and a rollback, against a rename at once."""
+    small = Size(min(size.rows, 2_000), "hash:8", "hash:16")
+    settings = Settings(database_url=dsn)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        make_table(connection, small)
+    with Migration.open(settings, table="kb") as migration:
+        migration.expose(from_=small.old)
+    old = [Client(dsn, small.old, "rv_kb_g1,public", seed, small.rows) for seed in (1, 2)]
+    new = [Client(dsn, small.new, "rv_kb_g2,public", seed, small.rows) for seed in (3, 4)]
+    with at_work(old):
+        our_way(dsn, small)
+        with following(dsn):
+            with Migration.open(settings, table="kb") as migration:
+                migration.expose()
+            with at_work(new):
+                while sum(client.statements for client in old + new) < STATEMENTS:
+                    for command in ("cutover", "rollback", "cutover"):
+                        with Migration.open(settings, table="kb") as migration:
+                            getattr(migration, command)()
+                        time.sleep(1.0)
+                    with Migration.open(settings, table="kb") as migration:
+                        migration.rollback()
+    count = sum(client.statements for client in old + new)
+    failed = [error for client in old + new for error in client.errors]
+    for error in failed[:3]:
+        print(error)
+
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        make_table(connection, small)
+        bare = [Client(dsn, small.old, "public", seed, small.rows) for seed in (1, 2)]
+        with at_work(bare):
+            usual_way(connection, small)
+            with connection.transaction():
+                connection.execute("ALTER TABLE kb RENAME COLUMN embedding TO before")
+                connection.execute("ALTER TABLE kb RENAME COLUMN usual TO embedding")
+            time.sleep(2.0)  # until the new version is deployed
+    usual = sum(len(client.errors) for client in bare)
+    return Row(
+        f"client errors in {count:,} statements, whole way with rollback",
+        len(failed),
+        "errors",
+        usual,
+        None,
+        "0 of at least 20,000",
+        not failed and count >= STATEMENTS,
+    )
+
+
+# -- the pause ---------------------------------------------------------------------------------------------------------
+
+
+def pauses(dsn: str, size: Size) -> list[Row]:
+    """Ten swaps under 100 writes a second, each in an application transaction of 50 ms."""
+    stop = threading.Event()
+
+    def write(seed: int) -> None:
+        chance = random.Random(seed)
+        with psycopg.connect(dsn) as connection:
+            while not stop.is_set():
+                values = (f"text {chance.random()}", chance.randrange(size.rows))
+                connection.execute("UPDATE kb SET content = %s WHERE id = %s", values)
+                time.sleep(0.05)
+                connection.commit()
+
+    @contextlib.contextmanager
+    def writing() -> Iterator[None]:
+        stop.clear()
+        threads = [threading.Thread(target=write, args=(seed,)) for seed in range(5)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+    settings = Settings(database_url=dsn)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        make_table(connection, size)
+        our_way(dsn, size)
+        with following(dsn), writing():
+            for command in ("cutover", "rollback") * 5:
+                time.sleep(0.5)
+                with Migration.open(settings, table="kb") as migration:
+                    getattr(migration, command)()
+        told = connection.execute(
+            "SELECT (figures->>'total_ms')::float8, (figures->>'hold_ms')::float8 FROM revector.events"
+            " WHERE step = 'pause' AND figures->>'step' IN ('cutover', 'rollback') ORDER BY id"
+        ).fetchall()
+        make_table(connection, size, index=False)
+        connection.execute("ALTER TABLE kb ADD COLUMN usual vector(8)")
+        usual = []
+        with writing():
+            for _ in range(10):
+                time.sleep(0.5)
+                began = time.monotonic()
+                with connection.transaction():
+                    connection.execute("ALTER TABLE kb RENAME COLUMN embedding TO before")
+                    connection.execute("ALTER TABLE kb RENAME COLUMN usual TO embedding")
+                usual.append((time.monotonic() - began) * 1000)
+                connection.execute("ALTER TABLE kb RENAME COLUMN embedding TO usual")
+                connection.execute("ALTER TABLE kb RENAME COLUMN before TO embedding")
+    totals, holds = [total for total, _ in told], [hold for _, hold in told]
+    middle = statistics.median(totals)
+    return [
+        Row("swap, lock held, longest of 10", max(holds), "ms", None, None, "<= 10 ms", max(holds) <= 10),
+        Row("swap, wait + hold, longest of 10", max(totals), "ms", max(usual), None, f"<= {BUDGET_MS} ms (the budget)",
+            max(totals) <= BUDGET_MS and len(totals) == 10),
+        Row("swap, wait + hold, median of 10", middle, "ms", statistics.median(usual), None, "< 60 ms", middle < 60),
+    ]  # fmt: skip
+
+
+# -- search while it works ---------------------------------------------------------------------------------------------
+
+
+def searched(dsn: str, size: Size, working: Callable[[], bool]) -> float:
+    """95th percentile, ms, of searches with the old model while `working` says so."""
+    chance, model, times = random.Random(95), Embedder(size.old), []
+    vectors = model.encode([text_of(chance.randrange(size.rows)) for _ in range(200)])
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        register_vector(connection)
+        while working():
+            began = time.monotonic()
+            connection.execute(
+                "SELECT id FROM kb ORDER BY embedding <=> %s LIMIT 10", (chance.choice(list(vectors)),)
+            ).fetchall()
+            times.append((time.monotonic() - began) * 1000)
+            time.sleep(0.005)
+    return float(statistics.quantiles(times, n=20)[-1])
+
+
+def search_beside(dsn: str, size: Size, runs: int) -> Row:
+    """Search by the old version during a backfill at 500 rows a second, against idle and against the usual way."""
+
+    def idle() -> float:
+        ends = time.monotonic() + 6
+        return searched(dsn, size, lambda: time.monotonic() < ends)
+
+    ratios, ours, usual = [], [], []
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        for _ in range(runs):
+            for kind in ("ours", "usual"):
+                make_table(connection, size)
+                before = idle()
+                with subprocess.Popen([sys.executable, __file__, f"--{kind}", dsn, size.old, size.new]) as process:
+                    filled = (
+                        "SELECT count(*) FROM pg_attribute WHERE attrelid = 'kb'::regclass AND attname ~ '_g2|usual'"
+                    )
+                    while not connection.execute(filled).fetchone()[0]:  # type: ignore[index]
+                        time.sleep(0.05)
+                    ends = time.monotonic() + 12
+                    p95 = searched(dsn, size, lambda p=process, e=ends: p.poll() is None and time.monotonic() < e)
+                    process.kill()
+                if kind == "ours":
+                    ours.append(p95)
+                    ratios.append(p95 / before)
+                else:
+                    usual.append(p95)
+    ratio = statistics.median(ratios)
+    return Row(
+        f"search p95 of the old version during the backfill (idle {statistics.median(ours) / ratio:.2f} ms)",
+        statistics.median(ours), "ms", statistics.median(usual), ratio, "<= 1.25 times idle", ratio <= 1.25,
+    )  # fmt: skip
+
+
+# -- VACUUM ------------------------------------------------------------------------------------------------------------
+
+
+def vacuum(dsn: str, size: Size, runs: int) -> Row:
+    """VACUUM of the table right after its backfill, with the live HNSW index and no old snapshot."""
+
+    def seconds(connection: psycopg.Connection[Any]) -> float:
+        began = time.monotonic()
+        connection.execute("VACUUM kb")
+        return time.monotonic() - began
+
+    ours, usual = [], []
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        for _ in range(runs):
+            make_table(connection, size)
+            connection.execute("ALTER TABLE kb SET (autovacuum_enabled = off)")
+            our_way(dsn, size, until="backfill")
+            ours.append(seconds(connection))
+            make_table(connection, size)
+            connection.execute("ALTER TABLE kb SET (autovacuum_enabled = off)")
+            usual_way(connection, size)
+            usual.append(seconds(connection))
+    ratio = statistics.median(a / b for a, b in zip(ours, usual, strict=True))
+    return Row("VACUUM after the backfill", statistics.median(ours), "s", statistics.median(usual), ratio,
+               "<= 1/3 of the usual way's", ratio <= 1 / 3)  # fmt: skip
+
+
+def rows(dsn: str, size: Size, runs: int = 3) -> list[Row]:
+    """All of them."""
+    return [
+        errors(dsn, size),
+        *pauses(dsn, size),
+        search_beside(dsn, size, runs),
+        vacuum(dsn, size, runs),
+    ]
+
+
+def tell(row: Row) -> str:
+    """One line for the terminal."""
+    beside = "" if row.baseline is None else f", the usual way {row.baseline:,.2f}"
+    ratio = "" if row.ratio is None else f", ratio {row.ratio:.2f}"
+    return f"{'met   ' if row.met else 'MISSED'} {row.name}: {row.value:,.2f} {row.unit}{beside}{ratio} (target {row.target})"
+
+
+def main() -> int:
+    if sys.argv[1:2] in (["--ours"], ["--usual"]):
+        kind, dsn, old, new = sys.argv[1:]
+        size = Size(0, old, new)
+        if kind == "--ours":
+            our_way(dsn, size, until="backfill", tuning={"max_rows_per_second": 500})
+        else:
+            with psycopg.connect(dsn, autocommit=True) as connection:
+                register_vector(connection)
+                usual_way(connection, size)
+        return 0
+    size = Size(*([int(sys.argv[1]), *sys.argv[2:4]] if sys.argv[1:] else []))
+    with embedded_server(options={"max_connections": "100"}) as server:
+        found = rows(create_database(server, "bench"), size, runs=3 if size.rows <= 100_000 else 1)
+    print("\n".join(tell(row) for row in found))
+    return 0 if all(row.met for row in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
