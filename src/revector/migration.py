@@ -1303,7 +1303,8 @@ class Migration:
         return f"revector {verb} {self.argument}"
 
     def _result(self, command: str, outcome: Outcome) -> Result:
-        row = self.latest()
+        with translated(self._command(command)):
+            row = self.latest()
         assert row is not None
         answering = row.plan.new if row.stage in (Stage.CUT_OVER, Stage.FINALIZED) else row.plan.old
         following = "" if row.stage.closed else f"revector {NEXT[row.stage]} {self.argument}"

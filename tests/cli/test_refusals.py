@@ -160,7 +160,7 @@ def test_a_blocked_plan_lists_every_blocker(dsn: str, connection: psycopg.Connec
     blockers = [line for line in plan.out.splitlines() if " ✗ " in line]
     assert len(blockers) == 2 and "names" in blockers[1]
     assert plan.out.endswith("Blocked: 2 preconditions are not met (✗ above).\n")
-    assert plan.out.count("remedy: ") == 2
+    assert plan.out.count("remedy: ") == 3  # two blockers, and the column order
     assert plan.last == (
         "refused: kb: 2 preconditions are not met\n  Each is listed in the plan with its remedy. Nothing was changed.\n"
         f"  next: when they are met: revector run kb --from {OLD} --to {NEW}"
