@@ -1,8 +1,9 @@
-"""Whole roads under clients of both versions, on views and bare: nobody notices, and every row ends right."""
+"""Whole roads under clients of both versions, disturbed in every phase: nobody notices, and every row ends right."""
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,21 +22,23 @@ from endings import assert_ended, assert_never_wrong, assert_rests
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from test_hammer import Client
 
-from fix_tables import NEW, OLD, fill, knowledge_base, stage_of, steering, until, vector
+from fix_tables import NEW, OLD, fill, knowledge_base, one, stage_of, steering, until, vector
 from revector import Request
+from revector.embedded import Server, create_database
 from revector.errors import Resumable
 from revector.phases import verify
 from revector.plan import Consents
-from revector.work import Effect, Observation
+from revector.work import Effect, Observation, Recorded
 
 ROWS = 120
 SEED = int(os.environ.get("REVECTOR_SEED", "20"))
 REQUEST = Request(from_=OLD, to=NEW, batch_size=16, consents=Consents(include_null=True))
-#: The roads of the issue. A command stands for the process that an operator starts.
+#: The roads of the issue, aborts at each stage beside them. A command stands for the process that an operator starts.
 ROADS = {
     "complete": ("run", "expose", "cutover", "finalize"),
     "there and back": ("run", "expose", "cutover", "rollback", "cutover", "rollback", "abort"),
 }
+ABORTED_AT = ("plan", "expand", "backfill", "index", "verify", "serve", "rollback")
 
 
 class Version(Client):
@@ -221,6 +224,16 @@ def road(
     return counted
 
 
+def started(*arguments: str) -> subprocess.Popen[str]:
+    """`main` below, in a process of its own that has come as far as its first line."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(
+        [sys.executable, Path(__file__), *arguments], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "LOOK_AGAIN", 0.3)
@@ -235,14 +248,155 @@ def test_road(name: str, dsn: str, connection: psycopg.Connection[Any]) -> None:
 
 
 @pytest.mark.roads
+@pytest.mark.parametrize("stage", ABORTED_AT)
+def test_aborted_at(stage: str, dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Abort at each stage, with a writer: the old model, its strictness and its index, and nothing of ours."""
+
+    class Enough(Exception):
+        pass
+
+    def enough(seen: Observation) -> None:
+        if isinstance(seen, Recorded) and seen.step == stage:
+            raise Enough
+
+    knowledge_base(connection, ROWS)
+    counted: Counter[str] = Counter()
+    commands = {"serve": ("run", "cutover"), "rollback": ("run", "cutover", "rollback")}.get(stage, ("run",))
+    with at_work([Reader(dsn, SEED)], counted):
+        for command in commands:
+            try:
+                patiently(dsn, command, enough)
+            except Enough:
+                break
+        patiently(dsn, "abort")
+    assert_ended(connection, OLD, at_least=ROWS // 2)
+
+
+def once_at(steps: Sequence[str], strike: Callable[[], object], kinds: Any = (Effect, Recorded)) -> Any:
+    """An observer that strikes the first time that each step is seen."""
+    struck: set[str] = set()
+
+    def observe(seen: Observation) -> None:
+        if (
+            isinstance(seen, kinds)
+            and seen.step in steps
+            and (key := f"{seen.step} {type(seen).__name__}") not in struck
+        ):
+            struck.add(key)
+            strike()
+
+    observe.struck = struck  # type: ignore[attr-defined]
+    return observe
+
+
+IN_EACH = ("expand", "backfill.window", "index.build", "verify", "serve", "cutover", "rollback", "finalize.close",
+           "finalize.drop_indexes")  # fmt: skip
+
+
+def cut_ours(connection: psycopg.Connection[Any]) -> None:
+    connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND application_name LIKE 'revector%%'"
+    )
+
+
+@pytest.mark.roads
+def test_connections_are_cut_in_each_phase(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """pg_terminate_backend of everything of ours, before and after the ledger row of each phase: the same command goes on."""
+    observe = once_at(IN_EACH, lambda: cut_ours(connection))
+    commands = ("run", "expose", "cutover", "rollback", "cutover", "finalize")
+    road(dsn, connection, commands, lambda command: bool(patiently(dsn, command, observe)) and None)
+    assert {key.split()[0] for key in observe.struck} == set(IN_EACH)
+
+
+@pytest.mark.roads
+def test_server_crashes_in_each_phase(server: Server) -> None:
+    """The server restarted in immediate mode in each phase: WAL replay and the same command lead to the end."""
+    dsn = create_database(server, "kb")
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("CREATE EXTENSION vector")
+        knowledge_base(connection, ROWS)
+    observe = once_at(IN_EACH, lambda: server.restart("immediate"), Effect)
+    for command in ("run", "expose", "cutover", "rollback", "cutover", "finalize"):
+        patiently(dsn, command, observe)
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            assert_never_wrong(connection)
+    assert {key.split()[0] for key in observe.struck} == set(IN_EACH)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        assert_ended(connection, NEW, at_least=ROWS)
+
+
+@pytest.mark.roads
+@pytest.mark.parametrize("number", [pytest.param(n, marks=[pytest.mark.slow] if n >= 5 else []) for n in range(30)])
+def test_killed_at_a_random_moment(number: int, dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """SIGKILL at moments that nobody chose, once in each command of a road; the same command again."""
+    chance = random.Random(SEED * 1000 + number)
+    print(f"REVECTOR_SEED={SEED}, moment {number}")
+    name = chance.choice(list(ROADS))
+
+    def act(command: str) -> None:
+        process = started(dsn, command)
+        time.sleep(chance.random() * (1.5 if command == "run" else 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert_never_wrong(connection)
+        if process.returncode == 0:
+            return
+        row = None
+        if not one(connection, "SELECT to_regclass('revector.migrations') IS NULL"):
+            row = connection.execute(
+                "SELECT stage, closing FROM revector.migrations ORDER BY id DESC LIMIT 1"
+            ).fetchone()
+        goal = {"cutover": "CUT_OVER", "rollback": "SERVED", "abort": "ABORTED", "finalize": "FINALIZED"}.get(command)
+        if row is None or row[0] != goal or (row[1] is not None and command in ("cutover", "rollback")):
+            patiently(dsn, command)
+
+    road(dsn, connection, ROADS[name], act)
+
+
+@pytest.mark.roads
+def test_transactions_in_reverse_order(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Applications that lock many rows in reverse order, and hold them, are never the victim of a deadlock with us."""
+    stop, errors, done = threading.Event(), [], []
+
+    def work(first: int) -> None:
+        with psycopg.connect(dsn, autocommit=True) as application:
+            while not stop.wait(0.3):
+                try:
+                    with application.transaction():
+                        for number in range(first + 30, first, -1):
+                            application.execute("UPDATE kb SET note = 'held' WHERE id = %s", (number,))
+                        time.sleep(0.05)
+                    done.append(first)
+                except psycopg.Error as error:
+                    errors.append(error)
+
+    def act(command: str) -> None:
+        patiently(dsn, command)
+
+    knowledge_base(connection, ROWS)
+    threads = [threading.Thread(target=work, args=(first,)) for first in (0, 40, 80)]
+    for thread in threads:
+        thread.start()
+    try:
+        for command in ("run", "cutover", "rollback", "cutover"):
+            act(command)
+        fill(dsn, connection)
+        act("finalize")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert errors == [] and len(done) > 10
+    assert_ended(connection, NEW, at_least=ROWS)
+
+
+@pytest.mark.roads
 def test_stopped_while_it_holds_the_lock(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """A process stopped (SIGSTOP) inside cutover blocks nobody for long: the server frees what it holds by itself."""
     knowledge_base(connection, ROWS)
     patiently(dsn, "run")
-    process = subprocess.Popen(
-        [sys.executable, Path(__file__), dsn, "cutover", "stop"], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
+    process = started(dsn, "cutover", "stop")
     try:
         until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T", 30)
         slowest = 0.0
@@ -262,6 +416,84 @@ def test_stopped_while_it_holds_the_lock(dsn: str, connection: psycopg.Connectio
         process.communicate()
     connection.execute("RESET lock_timeout")
     patiently(dsn, "cutover")
+    fill(dsn, connection)
+    assert_rests(connection, at_least=ROWS)
+    patiently(dsn, "finalize")
+    assert_ended(connection, NEW, at_least=ROWS)
+
+
+@pytest.mark.roads
+def test_long_snapshot_and_rewritten_pages(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A report's long snapshot over the backfill, and VACUUM FULL between the windows: no row is missed or wrong."""
+    knowledge_base(connection, ROWS, filler=300)
+    reporter = psycopg.connect(dsn)
+    reporter.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    # It holds a snapshot, and no lock on the table, for which VACUUM FULL would wait.
+    assert one(reporter, "SELECT count(*) FROM pg_class")
+    seen: Counter[str] = Counter()
+
+    def observe(observed: Observation) -> None:
+        if isinstance(observed, Recorded) and observed.step == "backfill.window":
+            seen["window"] += 1
+            if seen["window"] in (1, 3):
+                connection.execute("VACUUM FULL kb")
+        if isinstance(observed, Recorded) and observed.step == "backfill" and not reporter.closed:
+            reporter.close()  # CREATE INDEX CONCURRENTLY waits for it, and says so
+
+    try:
+        patiently(dsn, "run", observe)
+    finally:
+        reporter.close()
+    assert seen["window"]
+    assert_rests(connection, at_least=ROWS)
+    patiently(dsn, "cutover")
+    connection.execute("VACUUM FULL kb")
+    patiently(dsn, "rollback")
+    fill(dsn, connection)
+    assert_rests(connection, at_least=ROWS)
+    patiently(dsn, "abort")
+    assert_ended(connection, OLD, at_least=ROWS)
+
+
+FOREIGN = (
+    "ALTER TABLE kb ADD COLUMN more int DEFAULT 3",
+    "CREATE INDEX kb_title ON kb (title)",
+    "ALTER TABLE kb ALTER COLUMN title TYPE varchar(200)",
+)
+
+
+@pytest.mark.roads
+@pytest.mark.parametrize("step", ["expand", "backfill.window", "index", "serve", "cutover"])
+def test_ddl_by_someone_else(step: str, dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A column, an index and another type of another column, added by someone else in any phase, are theirs to the end."""
+    knowledge_base(connection, ROWS)
+    observe = once_at((step,), lambda: [connection.execute(statement) for statement in FOREIGN], Recorded)
+    for command in ("run", "cutover", "rollback", "cutover"):
+        patiently(dsn, command, observe)
+    assert observe.struck
+    fill(dsn, connection)
+    assert_rests(connection, at_least=ROWS)
+    patiently(dsn, "finalize")
+    assert_ended(connection, NEW, at_least=ROWS)
+    assert one(connection, "SELECT sum(more) FROM kb") == 3 * ROWS
+    assert one(connection, "SELECT to_regclass('kb_title') IS NOT NULL")
+
+
+@pytest.mark.roads
+@pytest.mark.parametrize("step", ["backfill", "cutover"])
+def test_renamed_by_someone_else(step: str, dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A table that gets another name in between is refused or worked on; with its name back it goes on to the end."""
+    knowledge_base(connection, ROWS)
+    observe = once_at((step,), lambda: connection.execute("ALTER TABLE kb RENAME TO renamed"), Recorded)
+    for command in ("run", "cutover"):
+        try:
+            patiently(dsn, command, observe)
+        except Exception as error:
+            assert getattr(error, "hint", None), f"{error!r} says no next command"
+        if one(connection, "SELECT to_regclass('kb') IS NULL"):
+            connection.execute("ALTER TABLE renamed RENAME TO kb")
+        if command == "run" or stage_of(connection)[0] != "CUT_OVER":
+            patiently(dsn, command)
     fill(dsn, connection)
     assert_rests(connection, at_least=ROWS)
     patiently(dsn, "finalize")
