@@ -34,7 +34,11 @@ from revector.errors import Interrupted, Refused
 from revector.throttle import BLOCKED, Throttle, Watch
 from revector.work import Note, Observation, Progress
 
-OURS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'revector %' AND xact_start IS NOT NULL"
+#: Transactions of ours that stay open; a look at the locks, ten times a second, is over in a moment.
+OURS = (
+    "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'revector %' AND"
+    " (state LIKE 'idle in transaction%' OR xact_start < clock_timestamp() - interval '400 ms')"
+)
 WRITTEN = "SELECT count(embedding_g2) FROM kb"
 
 
