@@ -86,15 +86,14 @@ def _pending(work: Work, generation: Generation) -> set[tuple[int, str, int]]:
 
 
 def _totals(work: Work, generation: Generation) -> list[Check]:
-    first = _pending(work, generation)
-    stuck: set[tuple[int, str, int]] = set()
-    if first:
-        seen = time.monotonic()
-        while time.monotonic() - seen < LOOK_AGAIN:
-            work.check_stop()
-            time.sleep(0.2)
+    stuck = _pending(work, generation)
+    seen = time.monotonic()
+    # A row that others lock again and again is free at some moment: it is asked for until the second look.
+    while stuck and time.monotonic() - seen < LOOK_AGAIN:
+        work.check_stop()
+        time.sleep(min(LOOK_AGAIN, 0.2))
         work.catch_up([generation.number])
-        stuck = first & _pending(work, generation)
+        stuck &= _pending(work, generation)
     schema = sql.Identifier(work.plan.vector_schema)
     norm = sql.Identifier("vector_norm" if work.plan.column_type == "vector" else "l2_norm")
     row = work.control.row(
