@@ -338,6 +338,7 @@ class Database:
         *,
         settle: bool = False,
         alone: bool = False,
+        views: Sequence[sql.Composable] = (),
         budget_ms: int = PAUSE_BUDGET_MS,
         attempts: int = PAUSE_ATTEMPTS,
         observe: Callable[[str], None] = lambda _: None,
@@ -345,8 +346,9 @@ class Database:
         """Run `statements` under ACCESS EXCLUSIVE on `table` within the pause budget, or change nothing.
 
         With `settle`, SHARE UPDATE EXCLUSIVE is taken first (it cancels autovacuum and blocks nobody) and kept
-        between attempts. `alone` leaves out the partitions of a partitioned table. Each attempt, SAVEPOINT to COMMIT,
-        is one message. Raises `PauseBudgetMissed`.
+        between attempts. `alone` leaves out the partitions of a partitioned table. `views` of the table are locked
+        before it, in the order of those who write through them. Each attempt, SAVEPOINT to COMMIT, is one message.
+        Raises `PauseBudgetMissed`.
         """
         whole = sql.SQL("ONLY {}" if alone else "{}").format(table)
         begin: list[sql.Composable] = [
@@ -364,7 +366,7 @@ class Database:
             sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{budget_ms}ms")),
             sql.SQL("SET LOCAL statement_timeout = {}").format(sql.Literal(f"{budget_ms}ms")),
             clock,
-            sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(whole),
+            sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.SQL(", ").join([*views, whole])),
             clock,
             *(part for statement in statements for part in (_left(budget_ms), statement)),
             clock,

@@ -928,7 +928,7 @@ class Migration:
         return gone
 
     def _close_views(self, row: MigrationRow, command: str, limits: PauseLimits) -> None:
-        """The views of both sides go; abort leaves the live one to who had it before the migration."""
+        """What is left of both sides' views goes; abort leaves the live one to who had it before the migration."""
         plan = row.plan
         known = self.ledger.views()
         views = [view for number, view in known.items() if number in (plan.old.number, plan.new.number)]
@@ -936,6 +936,12 @@ class Migration:
         self._drop_views(f"{command}.drop_views", [view for view in views if view not in kept], limits)
         for view in kept:
             self.observe(Note(f"{view.schema} stays: it was there before (revector expose {self.argument} --drop)"))
+
+    def _departing_view(self, row: MigrationRow, command: str) -> sql.Identifier | None:
+        """The view of the generation that goes, where it has one."""
+        goes = row.plan.old if command == "finalize" else row.plan.new
+        view = self.ledger.views().get(goes.number)
+        return sql.Identifier(view.schema, view.view) if view and view.schema and view.view else None
 
     def _exposed(self, table: Table, outcome: Outcome, row: MigrationRow | None) -> Exposed:
         opened = row is not None and not row.stage.closed
@@ -1016,6 +1022,7 @@ class Migration:
                     "finalize" if command == "finalize" else "abort",
                     str(row.stage),
                     row.closing,
+                    self._departing_view(row, command),
                     self.ledger.retire_sql,
                     lambda: self._close_views(row, command, limits),
                     lambda: self._drop_backup(work) if drop_backup else None,

@@ -269,11 +269,13 @@ class Work:
         stage: str | None = None,
         closing: str | None = None,
         was_closing: str | None = None,
+        views: Sequence[sql.Composable] = (),
         figures: dict[str, Any] | None = None,
     ) -> Pause:
         """A step whose effect and ledger row are one message under ACCESS EXCLUSIVE, within the pause budget.
 
-        It fails inside the lock, changing nothing, unless the migration is still at one of `stages`.
+        It fails inside the lock, changing nothing, unless the migration is still at one of `stages`. `views` of the
+        table are locked as well.
         """
         assert name in STEPS, name
         told = {**(figures or {}), "statements": [statement.as_string(None) for statement in statements]}
@@ -287,6 +289,7 @@ class Work:
                 *self.ledger.record_sql(name, told, stage, closing),
             ],
             settle=True,
+            views=views,
             budget_ms=self.limits.budget_ms,
             attempts=self.limits.attempts,
             observe=self.note,

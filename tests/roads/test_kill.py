@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -254,6 +255,52 @@ def test_server_session_lost_inside_a_message(dsn: str, connection: psycopg.Conn
         )
     connection.execute("DROP TRIGGER die ON revector.events; DROP FUNCTION die()")
     proceed(dsn, (command,))
+    finish_and_check(dsn, connection, command)
+
+
+@pytest.mark.roads
+@pytest.mark.parametrize(("command", "side", "model"), [("abort", "rv_kb_g2", NEW), ("finalize", "rv_kb_g1", OLD)])
+def test_killed_after_close_with_a_writer_on_the_view_that_goes(
+    dsn: str, connection: psycopg.Connection, command: str, side: str, model: Embedder
+) -> None:
+    """Once the trigger is gone nobody writes through the departing view: it would leave the kept vector stale for good."""
+    make(connection)
+    proceed(dsn, ROADS[command])
+    road = {"finalize": "finalize_at_once"}.get(command, command)  # the side that goes is not quiet
+    stop, turns, fell = threading.Event(), [], []
+
+    def write() -> None:
+        with psycopg.connect(dsn, autocommit=True, options=f"-csearch_path={side},public") as client:
+            while not stop.wait(0.04):
+                turns.append(text := f"turn {len(turns)} through the view")
+                try:
+                    client.execute(
+                        "UPDATE kb SET content = %s, embedding = %s WHERE id = %s",
+                        (text, vector(model, text), len(turns) % ROWS),
+                    )
+                except psycopg.errors.DataException:
+                    fell.append(text)  # announced: with its view gone it has the bare table, which wants other vectors
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        killed = subprocess.run(
+            [sys.executable, Path(victim.__file__), dsn, road, f"{command}.close", "recorded"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-600:]
+        before = len(fell)
+        deadline = time.monotonic() + 10
+        while len(fell) < before + 5:
+            assert time.monotonic() < deadline, "it still writes through the departing view, unguarded"
+            time.sleep(0.02)
+        proceed(dsn, (road,))
+    finally:
+        stop.set()
+        thread.join()
+    assert len(turns) > len(fell), "it never wrote while its view was there"
     finish_and_check(dsn, connection, command)
 
 

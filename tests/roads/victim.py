@@ -25,6 +25,8 @@ def command(migration: Migration, name: str) -> None:
         migration.finalize(drop_backup=True)
     elif name == "finalize_keeping":
         migration.finalize()
+    elif name == "finalize_at_once":
+        migration.finalize(drop_backup=True, quiet_for=0)
     elif name in ("abort", "restore", "unexpose"):
         getattr(migration, name)()
     else:

@@ -2,7 +2,8 @@
 
 Lock: ACCESS EXCLUSIVE for two short messages within the pause budget, SHARE UPDATE EXCLUSIVE in between. The message
 that drops the trigger also commits `closing`: from then on nothing but this command can go on, for writes are no
-longer guarded. A crash leaves a prefix of the steps; each looks first at what is already done.
+longer guarded. The view of the side that goes is dropped by the same message: a write through it would set a text and
+leave the vector that stays as it was. A crash leaves a prefix of the steps; each looks first at what is already done.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ def run(
     command: Command,
     stage: str,
     closing: str | None,
+    view: sql.Identifier | None,
     retire: Callable[[int], list[sql.Composable]],
     drop_views: Callable[[], None],
     before_last: Callable[[], None],
 ) -> Outcome:
     """Close the migration from `stage`; FINALIZED or ABORTED is proven by the last step.
 
-    `retire` gives the ledger statements that mark a generation as gone; `drop_views` is done before its column goes,
-    `before_last` before the last step.
+    `view` is that of the generation that goes. `retire` gives the ledger statements that mark a generation as gone;
+    `drop_views` is done before its column goes (the other side's view, the schemas), `before_last` before the last step.
     """
     plan = work.plan
     keep, drop = (plan.new, plan.old) if command == "finalize" else (plan.old, plan.new)
@@ -46,7 +48,7 @@ def run(
     if closing is None:
         if guarded and plan.not_null:
             _refuse_without_vector(work, keep, command)
-        _close(work, command, stage, keep, guarded)
+        _close(work, command, stage, keep, view, guarded)
     # A worker or follower that is writing right now ends its transaction first and sees `closing` in its next.
     if not work.control.wait_lock("windows", plan.table_oid, seconds=60):
         raise Busy(f"a worker still writes to {plan.table}", hint=f"stop it, then: revector {command} {plan.argument}")
@@ -95,10 +97,14 @@ def statements(plan: Plan, table: sql.Composable, server_version: int) -> list[s
     ]
 
 
-def _close(work: Work, command: Command, stage: str, keep: Generation, guarded: bool) -> None:
+def _close(
+    work: Work, command: Command, stage: str, keep: Generation, view: sql.Identifier | None, guarded: bool
+) -> None:
     plan, table = work.plan, work.table
     column = work.column(keep)
     statements = trigger.drop(plan, table) if stage != "PLANNED" else []
+    views = [view] if view is not None else []
+    statements = [*(block("phases/finalize", "drop_view", view=view) for view in views), *statements]
     if guarded and column:
         refused = 0 if plan.not_null else work.refused_rows(keep)
         statements.insert(0, work.none_pending(keep, column, refused, also_without_text=plan.not_null))
@@ -116,7 +122,7 @@ def _close(work: Work, command: Command, stage: str, keep: Generation, guarded: 
             )
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            work.pause(f"{command}.close", statements, stages=[stage], closing=command)
+            work.pause(f"{command}.close", statements, stages=[stage], closing=command, views=views)
             return
         except psycopg.Error as error:
             # Writers who give no vectors keep rows pending; between two of them there is a moment without any.

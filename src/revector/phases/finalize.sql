@@ -1,3 +1,8 @@
+-- name: drop_view
+-- The view of the side that goes, before the trigger: nobody writes through it unguarded. RESTRICT: nothing goes along.
+-- lock: ACCESS EXCLUSIVE on the view and on the table
+DROP VIEW IF EXISTS {view} RESTRICT;
+
 -- name: not_null_named
 -- NOT NULL comes back without a scan (PostgreSQL 18); from here on it holds for every write.
 -- lock: ACCESS EXCLUSIVE
