@@ -124,7 +124,7 @@ def twin_of(index: Index, column: Column) -> Twin | None:
     template = templated(using, column.name)
     if template == using or not index.valid or index.covers_only(column):
         return None
-    if index.unique or index.method in ("hnsw", "ivfflat") or _OF_ONE_DIMENSION.search(using):
+    if index.unique or index.excludes or index.method in ("hnsw", "ivfflat") or _OF_ONE_DIMENSION.search(using):
         return None
     return Twin(index.name, template)
 

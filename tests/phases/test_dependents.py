@@ -189,6 +189,10 @@ REFUSED = {
     "CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
     "CREATE TRIGGER on_vector BEFORE UPDATE OF embedding ON kb FOR EACH ROW EXECUTE FUNCTION touch()": (
         "trigger on_vector", "without embedding in UPDATE OF"),
+    "ALTER TABLE kb ADD CONSTRAINT kb_once EXCLUDE USING btree (embedding WITH =, id WITH =)": (
+        "constraint kb_once", 'DROP CONSTRAINT "kb_once"'),
+    "ALTER TABLE kb ADD CONSTRAINT kb_once EXCLUDE USING btree ((vector_norm(embedding)) WITH =, id WITH =)": (
+        "index public.kb_once", 'DROP CONSTRAINT "kb_once"'),
     "CREATE PUBLICATION p FOR TABLE kb": ("publication p", "column list without the vector column"),
 }  # fmt: skip
 
