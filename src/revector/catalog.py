@@ -518,6 +518,14 @@ def _remedy(row: Any, index: Index | None, table: Table, column: Column) -> str:
     if index is not None:
         if index.unique:
             return "drop it: two rows may have the same text, and so the same vector"
+        if not index.valid:
+            name = sql.Identifier(table.schema, index.name).as_string(None)
+            if table.partitions is not None:
+                return (
+                    f"it is INVALID, not on every partition: build what is missing, each with ALTER INDEX {name} ATTACH"
+                    f" PARTITION ..., or DROP INDEX {name}"
+                )
+            return f"it is INVALID: REINDEX INDEX CONCURRENTLY {name}, or DROP INDEX {name}"
         if index.method in ("hnsw", "ivfflat") and index.predicate is not None:
             return f"create it again without {column.name} in its WHERE (a vector index never holds NULLs), and drop this one"
         return f"drop it, {later} for the new dimension"

@@ -11,6 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from fix_partitions import partitioned
 from fix_tables import (
     NEW,
     OLD,
@@ -209,6 +210,32 @@ def test_what_cannot_be_carried_is_refused_by_name(
     told = f"{caught.value} {caught.value.why} {caught.value.hint}"
     assert what in told and remedy in told, told
     assert one(connection, "SELECT to_regnamespace('revector') IS NULL")
+
+
+def test_an_invalid_vector_index_is_refused_by_plan(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """CREATE INDEX CONCURRENTLY that failed leaves one; cutover would refuse it after the whole run."""
+    knowledge_base(connection, 20)
+    connection.execute("CREATE INDEX kb_second ON kb USING hnsw (embedding vector_l2_ops) WHERE id > 3")
+    connection.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'kb_second'::regclass")
+    with steering(dsn) as migration:
+        (found,) = migration.preview(REQUEST).draft.blockers
+        assert "kb_second" in found.finding
+        assert 'REINDEX INDEX CONCURRENTLY "public"."kb_second"' in found.remedy
+        assert 'DROP INDEX "public"."kb_second"' in found.remedy
+        connection.execute('REINDEX INDEX CONCURRENTLY "public"."kb_second"')
+        migration.run(REQUEST)
+        migration.cutover(without_follower=True)
+
+
+def test_a_partitioned_index_that_is_not_everywhere_is_refused(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Its numbers and its metric were replaced by the defaults."""
+    partitioned(connection, "list", 20, index=False)
+    connection.execute("CREATE INDEX docs_l2 ON ONLY docs USING hnsw (embedding vector_l2_ops) WITH (m = 8)")
+    with steering(dsn, "docs") as migration:
+        (found,) = migration.preview(REQUEST).draft.blockers
+    assert "docs_l2" in found.finding
+    assert 'DROP INDEX "public"."docs_l2"' in found.remedy
+    assert 'ALTER INDEX "public"."docs_l2" ATTACH PARTITION' in found.remedy
 
 
 def test_plain_storage_is_carried_only_where_it_fits(dsn: str, connection: psycopg.Connection[Any]) -> None:
