@@ -512,8 +512,8 @@ def _remedy(row: Any, index: Index | None, table: Table, column: Column) -> str:
     """What to do about something that cannot be carried."""
     later = "and create it again after finalize"
     if row.constraint_type == "x" or (index is not None and index.excludes):
-        name = sql.Identifier(index.name if index else row.constraint_name)
-        drop = sql.SQL("ALTER TABLE {} DROP CONSTRAINT {}").format(table.identifier, name).as_string(None)
+        own = sql.Identifier(index.name if index else row.constraint_name)
+        drop = sql.SQL("ALTER TABLE {} DROP CONSTRAINT {}").format(table.identifier, own).as_string(None)
         return f"{drop}, {later}: it would go on comparing the old vectors"
     if index is not None:
         if index.unique:

@@ -28,7 +28,7 @@ from fix_tables import (
     steering,
     vector,
 )
-from revector.carried import templated
+from revector.carried import conditions, templated
 from revector.errors import Refused
 from revector.phases import verify
 
@@ -284,3 +284,17 @@ def test_two_migrations_one_after_the_other(dsn: str, connection: psycopg.Connec
             migration.finalize()
     assert complete(connection) == before
     add_rows(connection, range(900, 905), OLD)
+
+
+@pytest.mark.parametrize(
+    ("predicate", "wanted"),
+    [
+        ("((tenant = 'a'::text))", {"tenant = 'a'::text"}),
+        ("((tenant = 'a) AND ('::text) AND (id > 3))", {"tenant = 'a) AND ('::text", "id > 3"}),
+        ("(((a) AND (b)) AND c)", {"a", "b", "c"}),
+        ("((a AND b) OR (c))", {"(a AND b) OR (c)"}),
+        ("(lower(a) = ANY (b))", {"lower(a) = ANY (b)"}),
+    ],
+)
+def test_what_a_predicate_asks_for(predicate: str, wanted: set[str]) -> None:
+    assert conditions(predicate) == wanted
