@@ -7,7 +7,7 @@ get a twin on the candidate, and the names change hands at cutover; rights and s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -91,13 +91,41 @@ def carried_from_json(told: Mapping[str, Any] | None) -> Carried:
 def templated(expression: str, column: str) -> str:
     """An expression as PostgreSQL deparses it, with `{column}` wherever it reads that column."""
     tokens, told, before = _TOKEN.findall(expression), [], ""
-    for number, token in enumerate(tokens):
-        name = token[1:-1].replace('""', '"') if token.startswith('"') else token
+    for number, this in enumerate(tokens):
+        name = this[1:-1].replace('""', '"') if this.startswith('"') else this
         after = next((t for t in tokens[number + 1 :] if not t.isspace()), "")
-        reads = name == column and not token.startswith("'") and before not in (".", ":") and after not in ("(", ".")
-        told.append("{column}" if reads else token)
-        before = token
+        reads = name == column and not this.startswith("'") and before not in (".", ":") and after not in ("(", ".")
+        told.append("{column}" if reads else this)
+        before = this
     return "".join(told)
+
+
+def conditions(predicate: str) -> frozenset[str]:
+    """What a predicate as PostgreSQL deparses it asks for, however many parentheses are round it."""
+    told = _TOKEN.findall(predicate)
+    while told and _pair(told) == len(told):
+        told = told[1:-1]
+    parts: list[list[str]] = [[]]
+    depth = 0
+    for this in told:
+        depth += (this == "(") - (this == ")")
+        if this == "AND" and depth == 0:
+            parts.append([])
+        else:
+            parts[-1].append(this)
+    if len(parts) == 1:
+        return frozenset({"".join(told)})
+    return frozenset().union(*(conditions("".join(part).strip()) for part in parts))
+
+
+def _pair(tokens: Sequence[str]) -> int:
+    """How many tokens it is from the parenthesis at the beginning to its own closing one; 0: none begins."""
+    depth = 0
+    for number, this in enumerate(tokens, 1):
+        depth += (this == "(") - (this == ")")
+        if depth == 0:
+            return number if number > 1 else 0
+    return 0
 
 
 def read_carried(session: Session, table: Table, column: Column, new: Identity, vector_schema: str) -> Carried:
@@ -124,7 +152,7 @@ def twin_of(index: Index, column: Column) -> Twin | None:
     template = templated(using, column.name)
     if template == using or not index.valid or index.covers_only(column):
         return None
-    if index.unique or index.method in ("hnsw", "ivfflat") or _OF_ONE_DIMENSION.search(using):
+    if index.unique or index.excludes or index.method in ("hnsw", "ivfflat") or _OF_ONE_DIMENSION.search(using):
         return None
     return Twin(index.name, template)
 

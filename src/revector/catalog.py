@@ -87,6 +87,8 @@ class Index:
     expression: str | None
     bytes: int
     definition: str
+    #: Whether it is that of an exclusion constraint, which its definition does not say.
+    excludes: bool = False
 
     def covers_only(self, column: Column) -> bool:
         """Whether this is a vector index of that column and of nothing else."""
@@ -321,6 +323,7 @@ def read_table(session: Session, oid: int) -> Table:
                     expression=i.expression,
                     bytes=i.bytes,
                     definition=i.definition,
+                    excludes=i.excludes,
                 )
                 for i in session.rows(block("catalog", "indexes"), table=oid)
             ),
@@ -471,7 +474,7 @@ def dependents(session: Session, table: Table, column: Column, carried: frozense
         index = indexes.get(row.oid) if row.catalog == "pg_class" else None
         if row.constraint_type == "n" or (index.name if index else row.constraint_name) in carried:
             continue
-        found.append(Dependent(row.description, _remedy(row, index, column)))
+        found.append(Dependent(row.description, _remedy(row, index, table, column)))
     found += [
         Dependent(
             f"publication {publication.name} publishes every column of the table",
@@ -505,12 +508,24 @@ def publishing(session: Session, table: Table, column: Column) -> tuple[str, ...
     return tuple(row.name for row in rows if row.columns is not None and column.number in row.columns)
 
 
-def _remedy(row: Any, index: Index | None, column: Column) -> str:
+def _remedy(row: Any, index: Index | None, table: Table, column: Column) -> str:
     """What to do about something that cannot be carried."""
     later = "and create it again after finalize"
+    if row.constraint_type == "x" or (index is not None and index.excludes):
+        own = sql.Identifier(index.name if index else row.constraint_name)
+        drop = sql.SQL("ALTER TABLE {} DROP CONSTRAINT {}").format(table.identifier, own).as_string(None)
+        return f"{drop}, {later}: it would go on comparing the old vectors"
     if index is not None:
         if index.unique:
             return "drop it: two rows may have the same text, and so the same vector"
+        if not index.valid:
+            name = sql.Identifier(table.schema, index.name).as_string(None)
+            if table.partitions is not None:
+                return (
+                    f"it is INVALID, not on every partition: build what is missing, each with ALTER INDEX {name} ATTACH"
+                    f" PARTITION ..., or DROP INDEX {name}"
+                )
+            return f"it is INVALID: REINDEX INDEX CONCURRENTLY {name}, or DROP INDEX {name}"
         if index.method in ("hnsw", "ivfflat") and index.predicate is not None:
             return f"create it again without {column.name} in its WHERE (a vector index never holds NULLs), and drop this one"
         return f"drop it, {later} for the new dimension"

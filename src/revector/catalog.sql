@@ -101,7 +101,8 @@ SELECT i.indexrelid AS oid, c.relname AS name, am.amname AS method, i.indisvalid
           FROM pg_opclass o JOIN pg_namespace n ON n.oid = o.opcnamespace WHERE o.oid = i.indclass[0]) AS opclass,
        coalesce(c.reloptions, ARRAY[]::text[]) AS options,
        pg_get_expr(i.indpred, i.indrelid) AS predicate, pg_get_expr(i.indexprs, i.indrelid) AS expression,
-       pg_relation_size(i.indexrelid) AS bytes, pg_get_indexdef(i.indexrelid) AS definition
+       pg_relation_size(i.indexrelid) AS bytes, pg_get_indexdef(i.indexrelid) AS definition,
+       i.indisexclusion AS excludes
   FROM pg_index i
   JOIN pg_class c ON c.oid = i.indexrelid
   JOIN pg_am am ON am.oid = c.relam

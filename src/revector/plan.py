@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
-from revector.carried import NOTHING_CARRIED, Carried, carried_from_json
+from revector.carried import NOTHING_CARRIED, Carried, carried_from_json, conditions
 from revector.catalog import INDEX_LIMITS, Column, Dependent, Index, Server, Table, Text
 from revector.embed.spec import Identity
 from revector.errors import Refused
@@ -581,8 +581,13 @@ def _fitting(target: TargetIndex, facts: Facts, live: Index | None) -> TargetInd
         return target if cast is None else replace(target, expression=f"({{column}})::{cast[0]}({facts.new.dimension})")
     own = f'"{facts.server.vector_schema or "public"}".{facts.column.type_name}'
     kind, dimension = (live and live.cast(facts.column)) or (own, facts.old.dimension)
+    predicate, wanted = target.predicate, facts.where.canonical if facts.where is not None else None
+    # With what it asks for already, the index is the chosen rows' own, and stays as its owner wrote it.
+    chosen = wanted is not None and predicate is not None and conditions(wanted) <= conditions(predicate)
+    # Of a predicate of its own under which no chosen row is: it would be an index that nothing could be found in.
+    others = predicate is not None and not chosen
     if live is not None and any(
-        name == live.name and not inside and outside for name, inside, outside in facts.index_sides
+        name == live.name and not inside and (outside or others) for name, inside, outside in facts.index_sides
     ):
         kept = dict(live.parameters)
         return replace(
@@ -592,9 +597,8 @@ def _fitting(target: TargetIndex, facts: Facts, live: Index | None) -> TargetInd
             expression=f"({{column}})::{kind}({dimension})",
             outside=True,
         )
-    predicate = target.predicate
-    if facts.where is not None and predicate != facts.where.canonical:
-        predicate = f"{predicate} AND {facts.where.canonical}" if predicate else facts.where.canonical
+    if wanted is not None and not chosen:
+        predicate = f"{predicate} AND {wanted}" if predicate else wanted
     return replace(target, expression=f"({{column}})::{kind}({facts.new.dimension})", predicate=predicate)
 
 

@@ -232,10 +232,10 @@ def _new_model(
 
 
 def _carried_names(table: Table, column: Column, carried: Carried, opened: MigrationRow | None) -> frozenset[str]:
-    """Names of the indexes and CHECKs that do not stay behind; a new plan carries every vector index of the column."""
+    """Names of the indexes and CHECKs that do not stay behind; a new plan carries every valid vector index of the column."""
     if opened is not None and not opened.stage.closed:
         return opened.plan.carried_names
-    vectors = {index.name for index in table.indexes if index.covers_only(column)}
+    vectors = {index.name for index in table.indexes if index.covers_only(column) and index.valid}
     return frozenset(vectors | {t.live_name for t in carried.twins} | {c.name for c in carried.checks})
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from fix_partitions import partitioned
 from fix_tables import (
     NEW,
     OLD,
@@ -27,7 +28,7 @@ from fix_tables import (
     steering,
     vector,
 )
-from revector.carried import templated
+from revector.carried import conditions, templated
 from revector.errors import Refused
 from revector.phases import verify
 
@@ -189,6 +190,10 @@ REFUSED = {
     "CREATE FUNCTION touch() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
     "CREATE TRIGGER on_vector BEFORE UPDATE OF embedding ON kb FOR EACH ROW EXECUTE FUNCTION touch()": (
         "trigger on_vector", "without embedding in UPDATE OF"),
+    "ALTER TABLE kb ADD CONSTRAINT kb_once EXCLUDE USING btree (embedding WITH =, id WITH =)": (
+        "constraint kb_once", 'DROP CONSTRAINT "kb_once"'),
+    "ALTER TABLE kb ADD CONSTRAINT kb_once EXCLUDE USING btree ((vector_norm(embedding)) WITH =, id WITH =)": (
+        "index public.kb_once", 'DROP CONSTRAINT "kb_once"'),
     "CREATE PUBLICATION p FOR TABLE kb": ("publication p", "column list without the vector column"),
 }  # fmt: skip
 
@@ -205,6 +210,32 @@ def test_what_cannot_be_carried_is_refused_by_name(
     told = f"{caught.value} {caught.value.why} {caught.value.hint}"
     assert what in told and remedy in told, told
     assert one(connection, "SELECT to_regnamespace('revector') IS NULL")
+
+
+def test_an_invalid_vector_index_is_refused_by_plan(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """CREATE INDEX CONCURRENTLY that failed leaves one; cutover would refuse it after the whole run."""
+    knowledge_base(connection, 20)
+    connection.execute("CREATE INDEX kb_second ON kb USING hnsw (embedding vector_l2_ops) WHERE id > 3")
+    connection.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'kb_second'::regclass")
+    with steering(dsn) as migration:
+        (found,) = migration.preview(REQUEST).draft.blockers
+        assert "kb_second" in found.finding
+        assert 'REINDEX INDEX CONCURRENTLY "public"."kb_second"' in found.remedy
+        assert 'DROP INDEX "public"."kb_second"' in found.remedy
+        connection.execute('REINDEX INDEX CONCURRENTLY "public"."kb_second"')
+        migration.run(REQUEST)
+        migration.cutover(without_follower=True)
+
+
+def test_a_partitioned_index_that_is_not_everywhere_is_refused(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Its numbers and its metric were replaced by the defaults."""
+    partitioned(connection, "list", 20, index=False)
+    connection.execute("CREATE INDEX docs_l2 ON ONLY docs USING hnsw (embedding vector_l2_ops) WITH (m = 8)")
+    with steering(dsn, "docs") as migration:
+        (found,) = migration.preview(REQUEST).draft.blockers
+    assert "docs_l2" in found.finding
+    assert 'DROP INDEX "public"."docs_l2"' in found.remedy
+    assert 'ALTER INDEX "public"."docs_l2" ATTACH PARTITION' in found.remedy
 
 
 def test_plain_storage_is_carried_only_where_it_fits(dsn: str, connection: psycopg.Connection[Any]) -> None:
@@ -253,3 +284,17 @@ def test_two_migrations_one_after_the_other(dsn: str, connection: psycopg.Connec
             migration.finalize()
     assert complete(connection) == before
     add_rows(connection, range(900, 905), OLD)
+
+
+@pytest.mark.parametrize(
+    ("predicate", "wanted"),
+    [
+        ("((tenant = 'a'::text))", {"tenant = 'a'::text"}),
+        ("((tenant = 'a) AND ('::text) AND (id > 3))", {"tenant = 'a) AND ('::text", "id > 3"}),
+        ("(((a) AND (b)) AND c)", {"a", "b", "c"}),
+        ("((a AND b) OR (c))", {"(a AND b) OR (c)"}),
+        ("(lower(a) = ANY (b))", {"lower(a) = ANY (b)"}),
+    ],
+)
+def test_what_a_predicate_asks_for(predicate: str, wanted: set[str]) -> None:
+    assert conditions(predicate) == wanted

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import psycopg
 import pytest
 from psycopg import sql
 
-from fix_tables import NEW, REQUEST, advance, knowledge_base, literal, stage_of, steering, vector
+from fix_partitions import partitioned
+from fix_tables import (
+    NEW,
+    OLD,
+    REQUEST,
+    advance,
+    assert_no_leftovers,
+    body,
+    knowledge_base,
+    literal,
+    stage_of,
+    steering,
+    vector,
+)
+from revector import Request
 from revector.embed import Refusal
 from revector.errors import GateFailed, Refused
 from revector.phases import backfill, verify
@@ -207,3 +222,54 @@ def test_trigger_gone_before_verify(dsn: str, connection: psycopg.Connection[Any
     with steering(dsn) as migration, pytest.raises(Refused, match="is missing"):
         migration.run(REQUEST)
     assert stage_of(connection) == ("INDEXED", None)
+
+
+def test_partial_index_on_the_partition_key(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Its condition rules partitions out of the search: only those that are searched must use their part of it."""
+    partitioned(connection, "list", 60, index=False)
+    connection.execute("CREATE INDEX docs_t1 ON docs USING hnsw (embedding vector_cosine_ops) WHERE tenant = 1")
+    advance(dsn, "INDEXED", table="docs")
+    with steering(dsn, "docs") as migration:
+        assert migration.run(REQUEST).passed
+    assert stage_of(connection) == ("VERIFIED", None)
+
+
+def test_partition_that_is_searched_without_its_part(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A part that the planner does not see is missed, though the others are used."""
+    partitioned(connection, "list", 60, index=False)
+    connection.execute("CREATE INDEX docs_t1 ON docs USING hnsw (embedding vector_cosine_ops) WHERE tenant IN (1, 2)")
+    breaking = "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'rv_docs_p1_g2_1'::regclass"
+    advance(dsn, "INDEXED", table="docs")
+
+    def observe(seen: Observation) -> None:
+        if isinstance(seen, Recorded) and seen.step == "verify.catch_up":
+            connection.execute(breaking)
+
+    with steering(dsn, "docs", observe) as migration, pytest.raises(GateFailed, match="rv_docs_g2_1 answers"):
+        migration.run(REQUEST)
+
+
+def test_where_on_the_partition_key_of_a_column_without_a_dimension(
+    dsn: str, connection: psycopg.Connection[Any]
+) -> None:
+    """One tenant's partition is migrated; all three are exact, and the index is the same at the end."""
+    connection.execute(
+        "CREATE TABLE kb (id int, tenant text, content text, embedding vector, PRIMARY KEY (id, tenant))"
+        " PARTITION BY LIST (tenant); CREATE TABLE kb_a PARTITION OF kb FOR VALUES IN ('a');"
+        " CREATE TABLE kb_rest PARTITION OF kb DEFAULT"
+    )
+    for number in range(30):
+        spec = (OLD, "hash:8", "hash:8")[number % 3]
+        row = (number, "abc"[number % 3], body(number), vector(spec, body(number)))
+        connection.execute("INSERT INTO kb VALUES (%s, %s, %s, %s)", row)
+    connection.execute("CREATE INDEX kb_i ON kb USING hnsw ((embedding::vector(16)) vector_l2_ops) WHERE tenant = 'a'")
+    with steering(dsn) as migration:
+        migration.run(Request(from_=OLD, to=NEW, where="tenant = 'a'"))
+        migration.cutover(without_follower=True)
+        migration.finalize()
+    found = connection.execute("SELECT tenant, content, embedding::text FROM kb").fetchall()
+    assert len(found) == 30
+    for tenant, text, stored in found:
+        right = vector(NEW if tenant == "a" else "hash:8", text)
+        assert np.allclose(*([float(x) for x in v[1:-1].split(",")] for v in (stored, right)))
+    assert_no_leftovers(connection)

@@ -131,6 +131,44 @@ def test_rows_outside_keep_one_vector_in_both_generations(dsn: str, connection: 
     assert "tenant = 'a'" in definition
 
 
+@pytest.mark.parametrize("predicate", ["tenant = 'a'", "content <> ''", ""])
+def test_three_migrations_leave_the_index_as_one_did(
+    dsn: str, connection: psycopg.Connection[Any], predicate: str
+) -> None:
+    """The filter is put into the index once; what asks for it already is not touched."""
+    shared(connection, other=OLD)
+    where = f" WHERE {predicate}" if predicate else ""
+    connection.execute(f"CREATE INDEX kb_a ON kb USING hnsw ((embedding::vector(16)) vector_l2_ops){where}")
+    seen = [one(connection, "SELECT pg_get_expr(indpred, indrelid) FROM pg_index WHERE indexrelid = 'kb_a'::regclass")]
+    for to in (NEW, "hash:24", "hash:12"):
+        request = Request(from_=OLD, to=to, where="tenant = 'a'") if to == NEW else Request(to=to, where="tenant = 'a'")
+        with steering(dsn) as migration:
+            migration.run(request)
+            migration.cutover(without_follower=True)
+            migration.finalize()
+        seen.append(
+            one(connection, "SELECT pg_get_expr(indpred, indrelid) FROM pg_index WHERE indexrelid = 'kb_a'::regclass")
+        )
+    before, *after = seen
+    assert len(set(after)) == 1
+    assert str(after[0]).count("tenant") == 1
+    assert after[0] == before or predicate != "tenant = 'a'"
+
+
+def test_an_index_of_others_that_is_empty_yet_stays_theirs(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Nobody is tenant c today: with the filter added its index could never hold a row."""
+    shared(connection)
+    index(connection)
+    connection.execute("CREATE INDEX kb_c ON kb USING hnsw ((embedding::vector(8)) vector_l2_ops) WHERE tenant = 'c'")
+    before = one(connection, "SELECT pg_get_indexdef('kb_c'::regclass)")
+    with steering(dsn) as migration:
+        migration.run(INSIDE)
+        migration.cutover(without_follower=True)
+        migration.finalize()
+    assert one(connection, "SELECT pg_get_indexdef('kb_c'::regclass)") == before
+    assert_no_leftovers(connection)
+
+
 def test_a_row_that_moves_before_served(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """In: the live vector stays the application's, the candidate becomes pending. Out: the candidate takes the live one."""
     shared(connection)

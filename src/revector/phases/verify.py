@@ -206,8 +206,10 @@ def _used(work: Work, generation: Generation, target: TargetIndex, queries: NDAr
         with work.control.transaction():
             work.control.execute("SELECT set_config(%(s)s, 'off', true)", s=setting)
             explained = work.control.value(block("phases/verify", "explain", **parts), vector=texts[0])
-            # Of a partitioned table every partition must be searched through its part.
-            uses[label] = all(not names.isdisjoint(_indexes_of(explained)) for names in _by_leaf(twins))
+            # Of a partitioned table every partition that is searched must be so through its part; the index's own
+            # condition may rule the others out.
+            searched, read = _relations_of(explained), _indexes_of(explained)
+            uses[label] = all(not names.isdisjoint(read) for names in _by_leaf(work, twins, searched))
     rows = _count(work)
     found = {}
     for label, settings in (("index", ("enable_seqscan",)), ("exact", ("enable_indexscan", "enable_bitmapscan"))):
@@ -238,9 +240,20 @@ def _names(work: Work, index: str) -> dict[int, str]:
     return {leaf.oid: here[leaf.oid].name for leaf in work.leaves() if leaf.oid in here}
 
 
-def _by_leaf(twins: Sequence[dict[int, str]]) -> list[set[str]]:
-    leaves = {leaf for names in twins for leaf in names}
+def _by_leaf(work: Work, twins: Sequence[dict[int, str]], searched: set[tuple[str, str]]) -> list[set[str]]:
+    """The index names that serve each of the leaves which are searched."""
+    leaves = [leaf.oid for leaf in work.leaves() if (leaf.schema, leaf.name) in searched]
     return [{names[leaf] for names in twins if leaf in names} for leaf in leaves]
+
+
+def _relations_of(explained: Any) -> set[tuple[str, str]]:
+    """Schema and name of the relations that a plan reads."""
+    if isinstance(explained, list):
+        return set().union(*map(_relations_of, explained))
+    if isinstance(explained, dict):
+        named = {(explained["Schema"], explained["Relation Name"])} if "Relation Name" in explained else set()
+        return named.union(*map(_relations_of, explained.values()))
+    return set()
 
 
 def _indexes_of(explained: Any) -> set[str]:

@@ -16,7 +16,7 @@ SELECT t.ctid::text AS tid, ({text})::text AS text, t.{column}::real[] AS vector
 -- name: explain
 -- The plan of a search as an application would send it.
 -- lock: ACCESS SHARE
-EXPLAIN (FORMAT JSON) SELECT t.ctid FROM {table} AS t {where} ORDER BY {key} OPERATOR({schema}.{operator}) %(vector)s::{type} LIMIT 10;
+EXPLAIN (VERBOSE, FORMAT JSON) SELECT t.ctid FROM {table} AS t {where} ORDER BY {key} OPERATOR({schema}.{operator}) %(vector)s::{type} LIMIT 10;
 
 -- name: search
 -- The ten smallest distances, by whatever plan the session's settings leave.
