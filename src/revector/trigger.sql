@@ -111,9 +111,10 @@ BEGIN
 END
 
 -- name: outside_expanded
--- A row outside the filter keeps one vector in both generations (before SERVED the live column is the application's).
+-- Outside the filter one vector for both (before SERVED the application's); a replicated INSERT keeps what it brings.
 -- lock: none
-IF {inside} IS NOT TRUE AND pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'replica' THEN
+IF {inside} IS NOT TRUE
+     AND (TG_OP OPERATOR(pg_catalog.=) 'UPDATE' OR pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'replica') THEN
     NEW.{candidate} := NEW.{live};
     RETURN NEW;
   END IF;
@@ -121,7 +122,8 @@ IF {inside} IS NOT TRUE AND pg_catalog.current_setting('session_replication_role
 -- name: outside_served
 -- From SERVED on: the vector that the writer's own generation has.
 -- lock: none
-IF {inside} IS NOT TRUE AND pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'replica' THEN
+IF {inside} IS NOT TRUE
+     AND (TG_OP OPERATOR(pg_catalog.=) 'UPDATE' OR pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'replica') THEN
     IF owns_other THEN NEW.{live} := NEW.{other}; ELSE NEW.{other} := NEW.{live}; END IF;
     IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN
       {not_null}
