@@ -160,7 +160,9 @@ def test_a_replicated_edit_outside_reaches_both_generations(
                 "UPDATE kb SET tenant = %s, content = %s, embedding = %s WHERE id = %s",
                 (tenant, text, vector(OTHER if tenant == "b" else OLD, text), number),
             )
-        rows = session.execute("SELECT embedding::text = embedding_g2::text FROM kb WHERE id < 4 ORDER BY id").fetchall()
+        rows = session.execute(
+            "SELECT embedding::text = embedding_g2::text FROM kb WHERE id < 4 ORDER BY id"
+        ).fetchall()
         assert [same for (same,) in rows][1:] == [True, True, None]
         session.execute("UPDATE kb SET embedding = NULL WHERE id = 1")
         assert one(connection, "SELECT embedding_g2 IS NULL FROM kb WHERE id = 1")
