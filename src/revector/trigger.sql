@@ -26,9 +26,11 @@ CREATE FUNCTION revector.{function} () RETURNS trigger LANGUAGE plpgsql AS {body
 CREATE OR REPLACE FUNCTION revector.{function} () RETURNS trigger LANGUAGE plpgsql AS {body};
 
 -- name: moving
--- An UPDATE that changes what decides a row's partition: its INSERT into the other partition is to keep what we leave here.
+-- An UPDATE that may move a row, so that its INSERT elsewhere keeps our doing: the key changed, or the leaf is not the table's own child.
 -- lock: none
-IF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' AND {key_changed} THEN
+IF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' AND ({key_changed} OR NOT EXISTS (
+       SELECT FROM pg_catalog.pg_inherits i
+        WHERE i.inhrelid OPERATOR(pg_catalog.=) TG_RELID AND i.inhparent OPERATOR(pg_catalog.=) {table}::pg_catalog.oid)) THEN
     PERFORM pg_catalog.set_config('revector.moved', {mark}, true);
   END IF;
 

@@ -120,6 +120,41 @@ def test_a_row_that_moves_keeps_its_vectors(
     exact(connection, embedding=OLD, embedding_g2=NEW)
 
 
+@pytest.mark.parametrize("when", ["PLANNED", "SERVED"])
+def test_a_row_moves_below_a_partition_that_came_later(
+    dsn: str, connection: psycopg.Connection[Any], when: str
+) -> None:
+    """What is attached after the plan may be divided by another column: a row that moves there is still no new row."""
+    partitioned(connection, "list", ROWS)
+    advance(dsn, when, table="docs")
+    connection.execute(
+        "CREATE TABLE docs_came (LIKE docs INCLUDING DEFAULTS) PARTITION BY LIST (note);"
+        "ALTER TABLE docs_came ALTER embedding DROP NOT NULL;"
+        "CREATE TABLE docs_came_a PARTITION OF docs_came FOR VALUES IN ('');"
+        "CREATE TABLE docs_came_b PARTITION OF docs_came FOR VALUES IN ('b')"
+    )
+    if when == "PLANNED":
+        connection.execute("ALTER TABLE docs_came ALTER embedding SET NOT NULL")
+    connection.execute("ALTER TABLE docs DROP CONSTRAINT docs_pkey")
+    connection.execute("ALTER TABLE docs ATTACH PARTITION docs_came FOR VALUES IN (8)")
+    for n in (8000, 8001):
+        connection.execute(
+            "INSERT INTO docs (id, tenant, content, embedding) VALUES (%s, 8, %s, %s)",
+            (n, body(n), vector(OLD, body(n))),
+        )
+    if when == "PLANNED":
+        advance(dsn, "SERVED", table="docs")
+    fill(dsn, connection, "docs")
+    connection.execute("UPDATE docs SET note = 'b' WHERE id = 8000")
+    connection.execute("UPDATE docs SET note = 'b', content = 'another text' WHERE id = 8001")
+    rows = connection.execute(
+        "SELECT tableoid::regclass::text, embedding IS NULL, embedding_g2 IS NULL FROM docs WHERE id >= 8000 ORDER BY id"
+    ).fetchall()
+    assert rows == [("docs_came_b", False, False), ("docs_came_b", True, True)]
+    fill(dsn, connection, "docs")
+    exact(connection, embedding=OLD, embedding_g2=NEW)
+
+
 def test_an_insert_after_a_moving_update_is_still_an_insert(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """Only the moved row bears the mark: the same transaction's own INSERT without a vector is refused as before."""
     partitioned(connection, "list", ROWS)
