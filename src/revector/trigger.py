@@ -161,7 +161,9 @@ def _movement(plan: Plan, *columns: str) -> dict[str, sql.Composable]:
     """What lets a row keep its vectors when an UPDATE moves it to another partition, which is an INSERT there.
 
     The UPDATE leaves a mark of the row's text and vectors in its transaction; an INSERT that bears it is the same row,
-    or one that is as right. Nothing of it is in the functions of a table that is not partitioned.
+    or one that is as right. Only a change of the table's key moves a row out of a partition of the table itself; what the
+    levels below go by may have been attached after the plan, so there every UPDATE leaves its mark. Nothing of it is in
+    the functions of a table that is not partitioned.
     """
     if not plan.partitioned:
         return {"moving": sql.SQL(""), "moved": sql.SQL("")}
@@ -175,7 +177,13 @@ def _movement(plan: Plan, *columns: str) -> dict[str, sql.Composable]:
         *(sql.SQL(", ").join(sql.SQL("{}.{}").format(row, k) for k in keys) for row in (sql.SQL("OLD"), new))
     )
     return {
-        "moving": block("trigger", "moving", mark=mark, key_changed=key_changed if keys else sql.SQL("true"))
+        "moving": block(
+            "trigger",
+            "moving",
+            mark=mark,
+            key_changed=key_changed if keys else sql.SQL("true"),
+            table=sql.Literal(plan.table_oid),
+        )
         + sql.SQL(";"),
         "moved": block("trigger", "moved", mark=mark) + sql.SQL(";"),
     }

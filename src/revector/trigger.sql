@@ -26,9 +26,11 @@ CREATE FUNCTION revector.{function} () RETURNS trigger LANGUAGE plpgsql AS {body
 CREATE OR REPLACE FUNCTION revector.{function} () RETURNS trigger LANGUAGE plpgsql AS {body};
 
 -- name: moving
--- An UPDATE that changes what decides a row's partition: its INSERT into the other partition is to keep what we leave here.
+-- An UPDATE that may move a row, so that its INSERT elsewhere keeps our doing: the key changed, or the leaf is not the table's own child.
 -- lock: none
-IF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' AND {key_changed} THEN
+IF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' AND ({key_changed} OR NOT EXISTS (
+       SELECT FROM pg_catalog.pg_inherits i
+        WHERE i.inhrelid OPERATOR(pg_catalog.=) TG_RELID AND i.inhparent OPERATOR(pg_catalog.=) {table}::pg_catalog.oid)) THEN
     PERFORM pg_catalog.set_config('revector.moved', {mark}, true);
   END IF;
 
@@ -111,9 +113,10 @@ BEGIN
 END
 
 -- name: outside_expanded
--- A row outside the filter keeps one vector in both generations (before SERVED the live column is the application's).
+-- Outside the filter one vector for both (before SERVED the application's); a replicated INSERT keeps what it brings.
 -- lock: none
-IF {inside} IS NOT TRUE AND pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'replica' THEN
+IF {inside} IS NOT TRUE
+     AND (TG_OP OPERATOR(pg_catalog.=) 'UPDATE' OR pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'replica') THEN
     NEW.{candidate} := NEW.{live};
     RETURN NEW;
   END IF;
@@ -121,7 +124,8 @@ IF {inside} IS NOT TRUE AND pg_catalog.current_setting('session_replication_role
 -- name: outside_served
 -- From SERVED on: the vector that the writer's own generation has.
 -- lock: none
-IF {inside} IS NOT TRUE AND pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'replica' THEN
+IF {inside} IS NOT TRUE
+     AND (TG_OP OPERATOR(pg_catalog.=) 'UPDATE' OR pg_catalog.current_setting('session_replication_role') OPERATOR(pg_catalog.<>) 'replica') THEN
     IF owns_other THEN NEW.{live} := NEW.{other}; ELSE NEW.{other} := NEW.{live}; END IF;
     IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN
       {not_null}

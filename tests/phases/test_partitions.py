@@ -22,6 +22,7 @@ from fix_tables import (
     following,
     one,
     steering,
+    until,
     vector,
 )
 from revector import Request
@@ -115,6 +116,41 @@ def test_a_row_that_moves_keeps_its_vectors(
     assert before is not None and after is not None and before[0] != after[0]
     assert (before[1] == after[1], before[2] == after[2]) == kept
     assert after[1:] == tuple(old if same else None for old, same in zip(before[1:], kept, strict=True))
+    fill(dsn, connection, "docs")
+    exact(connection, embedding=OLD, embedding_g2=NEW)
+
+
+@pytest.mark.parametrize("when", ["PLANNED", "SERVED"])
+def test_a_row_moves_below_a_partition_that_came_later(
+    dsn: str, connection: psycopg.Connection[Any], when: str
+) -> None:
+    """What is attached after the plan may be divided by another column: a row that moves there is still no new row."""
+    partitioned(connection, "list", ROWS)
+    advance(dsn, when, table="docs")
+    connection.execute(
+        "CREATE TABLE docs_came (LIKE docs INCLUDING DEFAULTS) PARTITION BY LIST (note);"
+        "ALTER TABLE docs_came ALTER embedding DROP NOT NULL;"
+        "CREATE TABLE docs_came_a PARTITION OF docs_came FOR VALUES IN ('');"
+        "CREATE TABLE docs_came_b PARTITION OF docs_came FOR VALUES IN ('b')"
+    )
+    if when == "PLANNED":
+        connection.execute("ALTER TABLE docs_came ALTER embedding SET NOT NULL")
+    connection.execute("ALTER TABLE docs DROP CONSTRAINT docs_pkey")
+    connection.execute("ALTER TABLE docs ATTACH PARTITION docs_came FOR VALUES IN (8)")
+    for n in (8000, 8001):
+        connection.execute(
+            "INSERT INTO docs (id, tenant, content, embedding) VALUES (%s, 8, %s, %s)",
+            (n, body(n), vector(OLD, body(n))),
+        )
+    if when == "PLANNED":
+        advance(dsn, "SERVED", table="docs")
+    fill(dsn, connection, "docs")
+    connection.execute("UPDATE docs SET note = 'b' WHERE id = 8000")
+    connection.execute("UPDATE docs SET note = 'b', content = 'another text' WHERE id = 8001")
+    rows = connection.execute(
+        "SELECT tableoid::regclass::text, embedding IS NULL, embedding_g2 IS NULL FROM docs WHERE id >= 8000 ORDER BY id"
+    ).fetchall()
+    assert rows == [("docs_came_b", False, False), ("docs_came_b", True, True)]
     fill(dsn, connection, "docs")
     exact(connection, embedding=OLD, embedding_g2=NEW)
 
@@ -339,6 +375,67 @@ def test_a_partition_that_goes_while_it_is_filled(
     with steering(dsn, "docs") as migration:
         migration.abort()
     clean(connection)
+
+
+@pytest.mark.parametrize("command", ["follow", "cutover"])
+def test_a_partition_dropped_while_pending_rows_are_filled(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Two partitions wait, and the second is dropped while the first one's rows are embedded: the walk goes on."""
+    partitioned(connection, "list", ROWS)
+    advance(dsn, "SERVED", table="docs")
+    connection.execute("UPDATE docs SET content = content || ' again'")
+    encode, gone = backfill.encode, []
+
+    def encoding(*arguments: Any) -> Any:
+        if not gone:
+            gone.append(connection.execute("DROP TABLE docs_p2"))
+        return encode(*arguments)
+
+    monkeypatch.setattr(backfill, "encode", encoding)
+    columns = {"embedding": OLD, "embedding_g2": NEW}
+    if command == "follow":
+        with following(dsn, connection, "docs"):
+            until(lambda: gone and not one(connection, "SELECT count(*) FROM docs WHERE embedding_g2 IS NULL"))
+    else:
+        with steering(dsn, "docs") as migration:
+            migration.cutover(without_follower=True)
+        columns = {"embedding": NEW, "embedding_g1": OLD}
+    assert gone
+    assert_exact(connection, "docs", "content", columns, at_least=20)
+
+
+@pytest.mark.parametrize("reads", ["blocks", "read_vectors", "reread_vectors", "moved"])
+def test_a_partition_dropped_while_old_vectors_are_compared(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, reads: str
+) -> None:
+    """`--refresh-old` reads every partition: one that goes before such a read is nobody's any more."""
+    partitioned(connection, "list", ROWS)
+    stale = one(connection, "SELECT embedding::text FROM docs WHERE id = 4")
+    connection.execute("UPDATE docs SET embedding = %s WHERE id = 8", (stale,))
+    advance(dsn, "SERVED", table="docs")
+    block, gone = backfill.block, []
+
+    def dropping(module: str, name: str, **parts: Any) -> Any:
+        if name == reads and (name == "blocks" or "docs_p2" in str(parts["table"])) and not gone:
+            gone.append(connection.execute("DROP TABLE docs_p2"))
+        return block(module, name, **parts)
+
+    if reads == "reread_vectors":  # something of that partition is read again
+        connection.execute("UPDATE docs SET note = 'x' WHERE tenant = 2")
+        look = backfill._Refresher.look
+
+        def looking(self: Any, leaf: Any, statement: str, **where: Any) -> int:
+            if statement == "read_vectors" and leaf.name == "docs_p2":
+                connection.execute("UPDATE docs_p2 SET note = 'y'")
+            return look(self, leaf, statement, **where)
+
+        monkeypatch.setattr(backfill._Refresher, "look", looking)
+    monkeypatch.setattr(backfill, "block", dropping)
+    with steering(dsn, "docs") as migration:
+        migration.cutover(without_follower=True, refresh_old=True)
+    assert gone
+    assert_exact(connection, "docs", "content", {"embedding": NEW, "embedding_g1": OLD}, at_least=20)
 
 
 def test_a_partition_attached_with_not_null_is_refused_by_cutover(

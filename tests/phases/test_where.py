@@ -183,6 +183,39 @@ def test_a_row_that_moves_before_served(dsn: str, connection: psycopg.Connection
     assert numbers(one(connection, "SELECT embedding::text FROM kb WHERE id = 1")) == numbers(vector(OTHER, body(1)))
 
 
+@pytest.mark.parametrize("stage", ["EXPANDED", "SERVED"])
+def test_a_replicated_edit_outside_reaches_both_generations(
+    dsn: str, connection: psycopg.Connection[Any], stage: str
+) -> None:
+    """session_replication_role = replica spares an INSERT what it brings; an UPDATE never leaves the old vector behind."""
+    shared(connection)
+    advance(dsn, stage, INSIDE)
+    with psycopg.connect(dsn, autocommit=True) as session:
+        session.execute("SET session_replication_role = replica")
+        for number, tenant in ((1, "b"), (2, "b"), (3, "a")):
+            text = f"edited by an apply worker {number}"
+            session.execute(
+                "UPDATE kb SET tenant = %s, content = %s, embedding = %s WHERE id = %s",
+                (tenant, text, vector(OTHER if tenant == "b" else OLD, text), number),
+            )
+        rows = session.execute(
+            "SELECT embedding::text = embedding_g2::text FROM kb WHERE id < 4 ORDER BY id"
+        ).fetchall()
+        assert [same for (same,) in rows][1:] == [True, True, None]
+        session.execute("UPDATE kb SET embedding = NULL WHERE id = 1")
+        assert one(connection, "SELECT embedding_g2 IS NULL FROM kb WHERE id = 1")
+        text = one(connection, "SELECT content FROM kb WHERE id = 1")
+        session.execute("UPDATE kb SET embedding = %s WHERE id = 1", (vector(OTHER, text),))
+    if stage == "EXPANDED":
+        advance(dsn, "SERVED", INSIDE)
+    with steering(dsn) as migration:
+        migration.cutover(without_follower=True)
+        settle(dsn, connection)
+        check(connection, {"embedding": NEW, "embedding_g1": OLD})
+        migration.finalize()
+    check(connection, {"embedding": NEW})
+
+
 def test_a_row_outside_that_was_locked_during_the_backfill_is_copied_later(
     dsn: str, connection: psycopg.Connection[Any]
 ) -> None:

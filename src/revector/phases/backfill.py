@@ -157,22 +157,35 @@ def statements(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
     ]
 
 
-def _parts(
-    work: Work, generation: Generation, session: Session | None = None, leaf: Leaf | None = None
-) -> dict[str, sql.Composable]:
-    """What the statements of a generation need; they are about the whole table where no leaf is named."""
+def _parts(work: Work, generation: Generation, session: Session | None = None) -> dict[str, sql.Composable]:
+    """What the statements of a generation need, about the whole table; `_rows_of` reads one leaf with them."""
     column = work.column(generation, session)
     if column is None:
         raise Refused(
             f"{work.plan.table}: the column of generation {generation.number} is gone",
             hint=f"revector status {work.plan.argument}",
         )
-    table = work.table if leaf is None else leaf.identifier
-    return {"table": table, "column": sql.Identifier(column), "text": raw(work.plan.text_sql)}
+    return {"table": work.table, "column": sql.Identifier(column), "text": raw(work.plan.text_sql)}
 
 
 def _blocks(session: Session, leaf: Leaf) -> int:
     return int(session.value(block("phases/backfill", "blocks"), table=leaf.oid))
+
+
+def _rows_of(
+    work: Work, session: Session, leaf: Leaf, name: str, parts: Mapping[str, sql.Composable], **where: object
+) -> list[Any]:
+    """Read rows of one leaf, under the name that it has now. Raises `Detached` when somebody has dropped it."""
+    while True:
+        try:
+            return list(session.rows(block("phases/backfill", name, **{**parts, "table": leaf.identifier}), **where))
+        except pg.UndefinedTable:
+            if leaf.oid == work.plan.table_oid:
+                raise
+            now = next((other for other in work.leaves(session) if other.oid == leaf.oid), leaf)
+            if now == leaf:
+                raise Detached(leaf.name) from None
+            leaf = now
 
 
 def _any_pending(work: Work) -> bool:
@@ -280,8 +293,12 @@ class _Sweep:
                 if leaf is None:  # detached or dropped since: nothing is left to do in it
                     ledger.window_done(self.sweep, relation, lo, 0, 0)
                     continue
-                statement = block("phases/backfill", "read_window", **_parts(work, work.plan.new, session, leaf))
-                rows = session.rows(statement, lo=f"({lo},0)", hi=f"({hi},0)")
+                parts = _parts(work, work.plan.new, session)
+                try:
+                    rows = _rows_of(work, session, leaf, "read_window", parts, lo=f"({lo},0)", hi=f"({hi},0)")
+                except Detached:
+                    ledger.window_done(self.sweep, relation, lo, 0, 0)
+                    continue
                 self._put(self.to_encode, _Window(leaf, lo, hi, Rows.of(rows)))
         self._put(self.to_encode, None)
 
@@ -755,7 +772,7 @@ class Filler:
         written, after = 0, "(0,0)"
         # What is written behind the present end is for the next walk: writers as fast as the model must not hold us.
         end_block = _blocks(self.reader, leaf)
-        parts = {"table": leaf.identifier, "text": raw(self.work.plan.text_sql)}
+        text = raw(self.work.plan.text_sql)
         while not self.work.stop():
             found: dict[str, Any] = {}
             needed: dict[int, set[str]] = {}
@@ -763,14 +780,14 @@ class Filler:
             limit = min(_FILL_LIMIT, (self.work.throttle.most() if self.paced else None) or _FILL_LIMIT)
             wanted = [number for number in numbers if number not in self.troubles or len(numbers) == 1]
             for number in wanted:
-                rows = self.reader.rows(
-                    block("phases/backfill", "pending_rows", column=names[number], **parts),
-                    after=after,
-                    end=f"({end_block},0)",
-                    migration=self.work.ledger.migration,
-                    generation=number,
-                    limit=limit,
-                )
+                try:
+                    rows = _rows_of(
+                        self.work, self.reader, leaf, "pending_rows", {"column": names[number], "text": text},
+                        after=after, end=f"({end_block},0)", migration=self.work.ledger.migration,
+                        generation=number, limit=limit,
+                    )  # fmt: skip
+                except Detached:
+                    return written
                 needed[number] = {r.tid for r in rows}
                 found |= {r.tid: r for r in rows}
                 if len(rows) == limit:
@@ -895,13 +912,9 @@ class Filler:
             chosen = [n for n, r in enumerate(batch) if r.tid in theirs - mine and _has(vectors[other.number], n)]
             if not chosen or own.number in self.troubles:
                 continue
-            parts = _parts(self.work, own, self.reader, leaf)
-            given = {
-                r.tid: r for r in self.reader.rows(
-                    block("phases/backfill", "given", **parts), tids=[batch[n].tid for n in chosen],
-                    hashes=[int(rows.hashes[n]) for n in chosen],
-                )
-            }  # fmt: skip
+            tids, hashes = [batch[n].tid for n in chosen], [int(rows.hashes[n]) for n in chosen]
+            parts = _parts(self.work, own, self.reader)
+            given = {r.tid: r for r in _rows_of(self.work, self.reader, leaf, "given", parts, tids=tids, hashes=hashes)}
             theirs_of = {
                 n: _cosine(given[batch[n].tid].vector, vectors[other.number][n])
                 for n in chosen
@@ -993,8 +1006,13 @@ def copy_outside(work: Work) -> int:
     with writer(work, enable_tidscan="on") as session:
         for leaf, lo in windows:
             work.check_stop()
-            statement = block("phases/backfill", "read_outside", **_parts(work, work.plan.new, leaf=leaf), **parts)
-            rows = work.control.rows(statement, lo=f"({lo},0)", hi=f"({lo + _WINDOW_BLOCKS[1]},0)")
+            ends = {"lo": f"({lo},0)", "hi": f"({lo + _WINDOW_BLOCKS[1]},0)"}
+            try:
+                rows = _rows_of(
+                    work, work.control, leaf, "read_outside", {**_parts(work, work.plan.new), **parts}, **ends
+                )
+            except Detached:
+                continue
             places: dict[int, list[str]] = {}
             for row in rows:
                 places.setdefault(_place(row.tid)[1], []).append(row.tid)
@@ -1069,8 +1087,10 @@ def _copy_window(work: Work, session: Session, leaf: Leaf, lo: int, hi: int, par
     """Stage what the backup has for a window, and write it one line-pointer offset at a time; returns the rows."""
     ends = {"lo": f"({lo},0)", "hi": f"({hi},0)"}
     session.execute(block("phases/backfill", "clear"))
-    statement = block("phases/backfill", "stage_backup", **_parts(work, work.plan.new, session, leaf), **parts)
-    session.execute(statement, **ends)
+    try:
+        _rows_of(work, session, leaf, "stage_backup", {**_parts(work, work.plan.new, session), **parts}, **ends)
+    except Detached:
+        return 0
     written = 0
     for row in session.rows(block("phases/backfill", "staged_places")):
         with suppress(Detached), entered(work, session, leaf) as at:
@@ -1110,7 +1130,10 @@ def refresh(work: Work) -> int:
             locked, refresher.locked, refresher.stale = refresher.locked, {}, 0
             began, asked, read = _now(work), 0, refresher.read
             for leaf in work.leaves():
-                tids = list(_moved(work, leaf, since) | locked.get(leaf.oid, set()))
+                try:
+                    tids = list(_moved(work, leaf, since) | locked.get(leaf.oid, set()))
+                except Detached:
+                    continue
                 asked += len(tids)
                 for first in range(0, len(tids), _FILL_LIMIT):
                     renewed += refresher.look(leaf, "reread_vectors", tids=tids[first : first + _FILL_LIMIT])
@@ -1147,7 +1170,10 @@ class _Refresher:
         """Read some rows of a leaf and renew what is stale; returns the rows written."""
         work, plan = self.work, self.work.plan
         work.check_stop()
-        found = work.control.rows(block("phases/backfill", statement, **_parts(work, plan.old, leaf=leaf)), **where)
+        try:
+            found = _rows_of(work, work.control, leaf, statement, _parts(work, plan.old), **where)
+        except Detached:
+            return 0
         self.read += len(found)
         if not found:
             return 0
@@ -1177,12 +1203,7 @@ def _now(work: Work) -> str:
 
 
 def _moved(work: Work, leaf: Leaf, since: str) -> set[str]:
-    return {
-        row.tid
-        for row in work.control.rows(
-            block("phases/backfill", "moved", **_parts(work, work.plan.old, leaf=leaf)), since=since
-        )
-    }
+    return {row.tid for row in _rows_of(work, work.control, leaf, "moved", _parts(work, work.plan.old), since=since)}
 
 
 def _stale_and_locked(rows: int) -> str:

@@ -14,9 +14,9 @@ TRUNCATE pg_temp.staged;
 COPY pg_temp.staged (tid, hash, place, a, b) FROM STDIN (FORMAT binary);
 
 -- name: blocks
--- Size of a leaf in blocks.
+-- Size of a leaf in blocks; one that has been dropped has none.
 -- lock: ACCESS SHARE
-SELECT pg_relation_size(%(table)s::oid) / current_setting('block_size')::int AS blocks;
+SELECT coalesce(pg_relation_size(%(table)s::oid), 0) / current_setting('block_size')::int AS blocks;
 
 -- name: pending_count
 -- How many rows have a text but no vector in this generation (a full scan before the pending index exists).
