@@ -44,6 +44,9 @@ PAUSE_BUDGETS: Final = (10, 10_000)
 PAUSE_ATTEMPTS_RANGE: Final = (1, 100)
 #: How long SHARE UPDATE EXCLUSIVE is waited for: autovacuum gives way after deadlock_timeout (1 s).
 _SETTLE: Final = "5s"
+#: Looks at a pooler before it counts as one that gives each client a session of its own.
+_LOOKS: Final = 8
+_DIRECT: Final = "set DATABASE_URL to the direct (not pooled) address of the database"
 #: SQLSTATEs that our own checks raise inside a message, with texts of ours.
 DOUBT: Final = "RV001"
 PENDING: Final = "RV002"
@@ -285,50 +288,72 @@ class Database:
             ) from None
         except psycopg.OperationalError as error:
             raise _connect_error(error) from None
-        user_path = _one(connection, "SHOW search_path")
-        settings = {**_GROUND, **ground}
-        if connection.info.server_version < 150000:
-            version = connection.info.parameter_status("server_version")
+        try:
+            return self._on_ground(connection, ground)
+        except psycopg.OperationalError as error:
             connection.close()
+            raise _connect_error(error) from None
+        except BaseException:
+            connection.close()
+            raise
+
+    def _on_ground(self, connection: psycopg.Connection[Any], ground: dict[str, str]) -> Session:
+        """Pin a new connection's settings, once it is sure that they stay with us."""
+        if connection.info.server_version < 150000:
             raise Refused(
-                f"PostgreSQL {version} is too old: revector needs 15 or newer",
+                f"PostgreSQL {connection.info.parameter_status('server_version')} is too old: revector needs 15 or newer",
                 why="Views without security_invoker (new in 15) would leak columns and bypass row level security.",
                 hint="upgrade the server, or point DATABASE_URL at another",
             )
+        # Before anything that a server session keeps: behind a pooler it would stay there, for the application.
+        if not self._checked_for_pooler:
+            self._refuse_pooler(connection)
+            self._checked_for_pooler = True
+        user_path = _one(connection, "SHOW search_path")
+        settings = {**_GROUND, **ground}
         pairs = sql.SQL(", ").join(sql.SQL("({}, {})").format(name, value) for name, value in settings.items())
         connection.execute(
             sql.SQL("SELECT set_config(name, value, false) FROM (VALUES {}) AS v (name, value)").format(pairs)
         )
-        session = Session(connection, user_path)
-        if not self._checked_for_pooler:
-            self._refuse_pooler(connection)
-            self._checked_for_pooler = True
-        return session
+        return Session(connection, user_path)
 
     def _refuse_pooler(self, connection: psycopg.Connection[Any]) -> None:
         """Refuse a transaction pooler: session locks and settings would silently land in other sessions.
 
-        A pooler hands out a process id of its own; when it differs from the server's, a second client that holds
-        transactions open shows whether the server session stays ours.
+        A pooler hands out a process id of its own; when it differs from the server's, one second client that opens
+        transactions shows whether the server session stays ours. A pooler gives the session that came back last or
+        first: asked both while the other is in its transaction and just after, one of us meets another one. Several
+        times, for under load other clients come between.
         """
         first = _one(connection, "SELECT pg_backend_pid()")
         if first == connection.info.backend_pid:
             return
-        others: list[psycopg.Connection[Any]] = []
         try:
-            for _ in range(3):
-                other = psycopg.connect(self._conninfo, row_factory=namedtuple_row, prepare_threshold=None)
-                others.append(other)
-                shared = _one(other, "SELECT pg_backend_pid()") == first
-                if shared or _one(connection, "SELECT pg_backend_pid()") != first:
-                    raise Refused(
-                        "this address is a transaction pooler",
-                        why="revector holds session locks and settings, which a transaction pooler hands to other clients.",
-                        hint="set DATABASE_URL to the direct (not pooled) address of the database",
-                    )
-        finally:
-            for other in others:
-                other.close()
+            with psycopg.connect(
+                self._conninfo,
+                row_factory=namedtuple_row,
+                prepare_threshold=None,
+                application_name="revector steer",
+                connect_timeout=conninfo_to_dict(self._conninfo).get("connect_timeout", 10),
+            ) as other:
+                for _ in range(_LOOKS):
+                    shared = _one(other, "SELECT pg_backend_pid()") == first
+                    during = not shared and _one(connection, "SELECT pg_backend_pid()")
+                    other.rollback()
+                    if shared or (during, _one(connection, "SELECT pg_backend_pid()")) != (first, first):
+                        raise Refused(
+                            "this address is a transaction pooler",
+                            why="revector holds session locks and settings, which a transaction pooler hands to other"
+                            " clients. Nothing was changed.",
+                            hint=_DIRECT,
+                        )
+        except psycopg.Error as error:
+            raise Refused(
+                "this address is a pooler that gives revector no sessions of its own",
+                why=f"It said: {_first_line(error)}. revector needs several sessions at once, with transactions in them."
+                " Nothing was changed.",
+                hint=_DIRECT,
+            ) from error
 
     def pause(
         self,
