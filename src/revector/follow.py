@@ -199,9 +199,12 @@ class Follower:
             work.ledger.retry_failures()
             numbers: tuple[int, ...] = ()
             filler: Filler | None = None
+            proven = False
             try:
                 while not self.stop():
                     row = ledger.latest() or row
+                    if row.id != work.ledger.migration and managed(row):
+                        return True  # one migration was closed and the next begun within a turn of ours
                     work.throttle.tuning, work.batch_size = row.limits, row.batch_size
                     if managed(row) != numbers:
                         if not managed(row):
@@ -211,9 +214,12 @@ class Follower:
                         if filler is not None:
                             filler.close()
                         filler = Filler(work, numbers, enduring=True, paced=True)
-                        # Who is counted on must be able to embed, not only to wait.
-                        filler.prove()
+                        proven = False
                     assert filler is not None
+                    if not proven and row.stage.reached(Stage.INDEXED):
+                        # Who is counted on must be able to embed, not only to wait; a swap counts on both models.
+                        filler.prove([row.plan.old.number, row.plan.new.number])
+                        proven = True
                     try:
                         trigger.check(control, row.plan)
                         # Before that the sweeps fill the candidate, and there is no index to poll.
@@ -272,8 +278,9 @@ class Follower:
         """Note how it stands after a look. Raises when nothing can be filled, and no waiting will mend that."""
         self.active, self._wait, self.oldest = True, _WAITS[0], filler.oldest()
         errors = [trouble.error for trouble in filler.troubles.values()]
-        if len(errors) == len(filler.numbers) and not any(isinstance(error, Resumable) for error in errors):
-            raise errors[0]
+        barred = [filler.troubles[number].error for number in filler.numbers if number in filler.troubles]
+        if len(barred) == len(filler.numbers) and not any(isinstance(error, Resumable) for error in barred):
+            raise barred[0]
         self.trouble = "; ".join(f"{error}. {error.why}".rstrip(". ") for error in errors)
 
     def _lost(self, error: Exception) -> None:

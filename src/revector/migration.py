@@ -18,7 +18,7 @@ from revector import trigger
 from revector.carried import set_on
 from revector.catalog import Dependent, Table, dependents, find_table, publishing, read_server, read_table
 from revector.db import DEFAULT_LIMITS, Database, PauseLimits, Session, block, raw, translated
-from revector.errors import Busy, GateFailed, Interrupted, Refused, RevectorError, ServerLost, UsageError
+from revector.errors import Busy, GateFailed, Interrupted, Outage, Refused, RevectorError, ServerLost, UsageError
 from revector.follow import Follower
 from revector.ledger import NEXT, Event, Ledger, LiveGeneration, MigrationRow, Stage, Vigil
 from revector.moment import AT_ONCE, Moment, wait
@@ -123,7 +123,7 @@ class Side:
 class Alert:
     """Something that somebody should look at now."""
 
-    #: `follower_down`, `follower_trouble`, `follower_late` or `wrong_model`.
+    #: `trigger`, `follower_down`, `follower_trouble`, `follower_late` or `wrong_model`.
     kind: str
     #: One sentence.
     what: str
@@ -438,7 +438,7 @@ class Migration:
                 row = self._tuned("tuned", row, tuning)
             if cutover:
                 # Checked first: nobody wants to learn after hours that the last step cannot be taken.
-                self._check_follower(row, follow=follow, without_follower=without_follower)
+                self._check_follower("run --cutover", follow=follow, without_follower=without_follower)
                 self._check_same_dimension(row, bare_writers_stopped, "cutover")
             work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending, limits=limits)
             work.catch_up = lambda numbers: backfill.catch_up(work, numbers, paced=True)
@@ -585,6 +585,22 @@ class Migration:
             if row is None or row.stage.closed:
                 self.ledger.migration = None
             views = list(self.ledger.views().values()) if ledgers.exists(self.control) else []
+            live = {generation.number for generation in self.ledger.lives()} if views else set()
+            # Without its view a version of the other model gets the bare table's answers: errors, or nonsense.
+            whose = {
+                name: view.schema
+                for view in views
+                if view.schema is not None and view.number not in live
+                for name in expose.searched_by(self.control, view.schema)
+            }
+            if whose:
+                schemas = ", ".join(sorted(set(filter(None, whose.values()))))
+                raise Refused(
+                    f"{self.name}: {', '.join(whose)} has {schemas} in its search_path",
+                    why="Its sessions would get the bare table, which answers with the other model. Nothing was changed.",
+                    hint="\n".join(f"ALTER {name} RESET search_path;" for name in whose)
+                    + f"\nthen: {self._command('expose --drop')}",
+                )
             if not views:
                 raise Refused(
                     f"{self.name} has no views of ours", why="Nothing was changed.", hint=self._command("status")
@@ -769,9 +785,12 @@ class Migration:
                     self._check_refused(
                         work, row.plan.new, allow_failed, command, "Those rows would vanish from search."
                     )
-                self._check_follower(row, follow=follow, without_follower=without_follower)
+                self._check_follower(command, follow=follow, without_follower=without_follower)
 
             check()
+            # The model that is left may be down, or gone: that is a reason to leave it, and must not bar the way.
+            leaving = row.plan.new if back else row.plan.old
+            work.catch_up = lambda numbers: backfill.catch_up(work, numbers, spared=leaving.number)
             with self._following(follow):
                 if row.stage is Stage.VERIFIED:
                     trigger.check(self.control, row.plan)
@@ -832,8 +851,10 @@ class Migration:
         generations = (plan.old, plan.new) if both else (plan.old,)
         schemas = [plan.view_schema(generation) for generation in generations]
         expose.check(self.control, table, schemas, known, self._command("expose"))
+        if refresh:
+            expose.check_droppable(self.control, list(known.values()), self._command("expose --refresh"))
         if row.stage is Stage.VERIFIED:
-            self._check_follower(row, follow=follow, without_follower=without_follower)
+            self._check_follower("expose", follow=follow, without_follower=without_follower)
         with self._following(follow and both):
             if row.stage is Stage.VERIFIED:
                 trigger.check(self.control, plan)
@@ -968,6 +989,9 @@ class Migration:
 
     def _wait(self, work: Work, numbers: Sequence[int], when: Moment) -> None:
         """Everything slow is done; now only the moment is missing. Nothing is locked and no transaction is open."""
+        for number in numbers:
+            with suppress(RevectorError):  # catching up says what is wrong with it
+                work.models[number]()
         work.catch_up(numbers)
         looked = time.monotonic()
 
@@ -978,7 +1002,11 @@ class Migration:
                 return
             # A follower does it better; without one the moment must not find a day's work undone.
             if not self.ledger.followers():
-                work.catch_up(numbers)
+                try:
+                    work.catch_up(numbers)
+                except Outage as error:
+                    # It may have passed when the moment comes; if not, the swap is refused then.
+                    work.note(f"{error}; asked again before the swap")
             looked = time.monotonic()
 
         seconds = wait(when, meanwhile=meanwhile, tell=work.note)
@@ -1014,8 +1042,11 @@ class Migration:
                     with work.step(f"{command}.catch_up") as told:
                         told["left"] = dict(work.catch_up([keep.number]))
                     if command == "finalize":
-                        # What was filled just now may be the old side's.
+                        # What was filled just now may be the old side's, and the model may have refused something only now.
                         self._check_quiet(work, quiet_for, tell=False)
+                        self._check_refused(
+                            work, keep, allow_failed, command, "The old vectors would be the last these rows have."
+                        )
                     self._check_outside(work, back=command == "abort")
                 outcome = finalize.run(
                     work,
@@ -1187,7 +1218,7 @@ class Migration:
                 + f"\nthen: {self._command(command)}",
             )
 
-    def _check_follower(self, row: MigrationRow, *, follow: bool, without_follower: bool) -> None:
+    def _check_follower(self, command: str, *, follow: bool, without_follower: bool) -> None:
         if follow or self.ledger.followers():
             return
         if without_follower:
@@ -1199,6 +1230,14 @@ class Migration:
                 )
             )
             return
+        troubled = [found.trouble for found in self.ledger.vigil() if found.trouble]
+        if troubled:
+            raise Refused(
+                f"{self.name}: the follower is in trouble: {troubled[0]}",
+                why="Until that is mended, rows edited after the swap vanish from the search of the model that fails."
+                " Nothing was changed.",
+                hint=f"mend it, or accept that on record: {self._command(command)} --without-follower",
+            )
         raise Refused(
             f"{self.name}: no follower is alive",
             why="Without one, rows edited after the swap lose their vectors and vanish from search. Nothing was changed.",
@@ -1421,7 +1460,7 @@ class Migration:
             self._written(row),
             tuple(vigil := self.ledger.vigil()),
             spent(self.control, row.id, row.limits),
-            self._alerts(row, [s for s in (live, second) if s is not None], vigil) if guarded else (),
+            self._alerts(row, [s for s in (live, second) if s is not None], vigil, guarded=guarded),
         )
 
     def _written(self, row: MigrationRow) -> tuple[int, float, float | None] | None:
@@ -1429,9 +1468,18 @@ class Migration:
         expected = row.facts.get("hot_share")
         return (rows, round(hot / rows, 3), expected) if rows else None
 
-    def _alerts(self, row: MigrationRow, sides: Sequence[Side], vigil: Sequence[Vigil]) -> tuple[Alert, ...]:
+    def _alerts(
+        self, row: MigrationRow, sides: Sequence[Side], vigil: Sequence[Vigil], *, guarded: bool
+    ) -> tuple[Alert, ...]:
         """What is wrong where two generations are to be kept fresh."""
         found: list[Alert] = []
+        try:
+            trigger.check(self.control, row.plan)
+        except Refused as error:
+            if row.closing is None and row.stage is not Stage.PLANNED:
+                found.append(Alert("trigger", f"{error}: {error.why}", error.hint))
+        if not guarded:
+            return tuple(found)
         waiting = [side for side in sides if side.pending]
         rows = " and ".join(f"{side.pending:,} rows have no vector of {side.model}" for side in waiting)
         follow = f"revector follow {self.argument}"

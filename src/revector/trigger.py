@@ -121,7 +121,27 @@ def check(session: Session, plan: Plan) -> None:
     raise Refused(
         f"{row.relation}: the trigger {plan.trigger} {problem}",
         why="Someone changed the table's triggers; edits since then may have kept vectors of their old texts.",
-        hint=f"{repair}\nthen set the vectors of the rows edited meanwhile to NULL, and give the same command again",
+        hint=f"{repair}\n{_clearing(session, plan)}\nthen give the same command again",
+    )
+
+
+def _clearing(session: Session, plan: Plan) -> str:
+    """How to make rows pending by hand: as our own write, for the trigger lets nobody else clear the other generation."""
+    row = session.row(
+        block("trigger", "vector_columns"), table=plan.table_oid, old=plan.old.number, new=plan.new.number
+    )
+    assert row is not None
+    # Before SERVED the live vectors are the application's own, and nobody would fill them.
+    names = [row.new_column, row.old_column] if row.stage in ("SERVED", "CUT_OVER") else [row.new_column]
+    cleared = sql.SQL(", ").join(sql.SQL("{} = NULL").format(sql.Identifier(name)) for name in names if name)
+    table = sql.Identifier(row.schema, row.relation)
+    return (
+        sql.SQL(
+            "make the rows that were edited meanwhile pending (no WHERE: all of them):\n"
+            "  BEGIN; SET LOCAL revector.writer = 'on'; UPDATE {} SET {} WHERE ...; COMMIT;"
+        )
+        .format(table, cleared)
+        .as_string(None)
     )
 
 

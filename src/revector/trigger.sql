@@ -199,3 +199,14 @@ SELECT n.nspname AS schema, c.relname AS relation, found.always, found.last
       FROM pg_trigger t WHERE t.tgrelid = p.oid AND t.tgname = %(trigger)s) AS found ON true
  WHERE (found.always AND found.last) IS NOT TRUE
  LIMIT 1;
+
+-- name: vector_columns
+-- The table, the stage, and the names that the two generations' columns have now.
+-- lock: none
+SELECT n.nspname AS schema, c.relname AS relation,
+       (SELECT m.stage FROM revector.migrations m WHERE m.table_oid = c.oid ORDER BY m.id DESC LIMIT 1) AS stage,
+       (SELECT a.attname FROM pg_attribute a JOIN revector.generations g ON g.attnum = a.attnum AND g.table_oid = a.attrelid
+         WHERE a.attrelid = c.oid AND g.number = %(old)s AND NOT a.attisdropped) AS old_column,
+       (SELECT a.attname FROM pg_attribute a JOIN revector.generations g ON g.attnum = a.attnum AND g.table_oid = a.attrelid
+         WHERE a.attrelid = c.oid AND g.number = %(new)s AND NOT a.attisdropped) AS new_column
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %(table)s::oid;

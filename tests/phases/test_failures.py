@@ -278,9 +278,29 @@ def test_a_provider_that_is_not_there(
     stand.script = lambda request: error(401, f"Incorrect API key provided: {KEY}")
     rejected = run_command(dsn, "rollback", "kb", "--without-follower").exits(2)
     assert rejected.last == (
-        f"error: openai:new-32: {stand.url} rejected the key (status 401)\n"
+        f"error: openai:old-16: {stand.url} rejected the key (status 401)\n"
         "  The migration is at CUT_OVER; openai:new-32 answers.\n"
         "  next: set OPENAI_API_KEY to a key that may use this model\n"
         "        then the same command again: revector rollback kb"
     )
     assert KEY not in rejected.out + rejected.err
+
+
+@pytest.mark.parametrize(("stage", "command", "left"), [("CUT_OVER", "rollback", NEW), ("SERVED", "cutover", OLD)])
+def test_the_model_that_is_left_bars_no_way(
+    dsn: str, connection: psycopg.Connection[Any], stand: Stand, stage: str, command: str, left: str
+) -> None:
+    """A model that is down, or was shut down for good, is the reason to leave it: the other one's rows are filled first."""
+    knowledge_base(connection, 12)
+    advance(dsn, stage, REQUEST)
+    connection.execute("UPDATE kb SET content = 'new ' || id WHERE id < 3")
+    gone = left.removeprefix("openai:")
+    stand.script = lambda request: error(503, "shut down") if request["model"] == gone else None
+    notes: list[Observation] = []
+    with steering(dsn, observe=notes.append) as migration:
+        getattr(migration, command)(without_follower=True)
+    told = f"{left} fails, and 3 rows stay without its vector until it answers: "
+    assert any(isinstance(note, Note) and note.text.startswith(told) for note in notes)
+    live, other = (EXACT[NEW], "embedding_g1") if command == "cutover" else (EXACT[OLD], "embedding_g2")
+    assert_exact(connection, "kb", "content", {"embedding": live}, at_least=12)
+    assert one(connection, f"SELECT count(*) FROM kb WHERE {other} IS NULL") == 3

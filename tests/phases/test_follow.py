@@ -376,3 +376,21 @@ def same_dimension(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(Embedder, "_make", make)
     embedder.cache_clear()
     return "openai:salted"
+
+
+def test_a_pause_before_the_swap_does_not_outlive_it(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A follower that a pause holds back sees that the stage has moved on: from SERVED on its rows are urgent."""
+    knowledge_base(connection, 20)
+    advance(dsn, "VERIFIED")
+    with following(dsn, connection):
+        with steering(dsn) as migration:
+            migration.pause()
+        text = "edited while it was paused"
+        connection.execute("UPDATE kb SET content = %s, embedding = %s WHERE id = 1", (text, vector(OLD, text)))
+        time.sleep(1.5)
+        assert one(connection, "SELECT embedding_g2 IS NULL FROM kb WHERE id = 1")
+        with steering(dsn) as migration:
+            migration.cutover()
+        connection.execute("UPDATE kb SET content = 'edited after the cutover' WHERE id = 2")
+        until(lambda: fresh(connection, 1) and fresh(connection, 2), 4)
+    assert_exact(connection, "kb", "content", ALL, at_least=20)

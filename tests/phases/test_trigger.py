@@ -535,6 +535,35 @@ def test_trigger_that_would_run_after_ours_is_refused(dsn: str, connection: psyc
         migration.cutover(without_follower=True)
 
 
+@pytest.mark.parametrize("stage", ["VERIFIED", "CUT_OVER"])
+def test_the_remedy_for_a_silenced_trigger_leaves_nothing_stale(
+    dsn: str, connection: psycopg.Connection[Any], stage: str
+) -> None:
+    """What the refusal prints is executed to the letter; status is red until then."""
+    knowledge_base(connection, 20)
+    advance(dsn, stage)
+    connection.execute('ALTER TABLE kb DISABLE TRIGGER "~rv_kb_g2"')
+    column, model = ("embedding", OLD) if stage == "VERIFIED" else ("embedding", NEW)
+    connection.execute(
+        f"UPDATE kb SET content = 'unseen ' || id, {column} = %s WHERE id = 3", (vector(model, "unseen 3"),)
+    )
+    with steering(dsn) as migration:
+        assert [alert.kind for alert in migration.status().alerts] == ["trigger"]
+        with pytest.raises(Refused, match="not enabled ALWAYS") as refused:
+            migration.rollback(without_follower=True) if stage == "CUT_OVER" else migration.cutover(
+                without_follower=True
+            )
+    enable, _, clear, _ = refused.value.hint.splitlines()
+    connection.execute(enable)
+    for statement in clear.replace("WHERE ...", "WHERE id = 3").strip().rstrip(";").split("; "):
+        connection.execute(statement)
+    fill(dsn, connection)
+    columns = {"embedding": NEW, "embedding_g1": OLD} if stage == "CUT_OVER" else {"embedding": OLD, "embedding_g2": NEW}
+    assert_exact(connection, "kb", "content", columns, at_least=20)
+    with steering(dsn) as migration:
+        assert not [alert for alert in migration.status().alerts if alert.kind == "trigger"]
+
+
 @pytest.fixture
 def role(connection: psycopg.Connection[Any]) -> Iterator[str]:
     """An application's role: it may write rows and nothing else."""

@@ -29,7 +29,7 @@ from revector.embed import Embedder
 from revector.errors import Closing, GateFailed, Interrupted, PauseBudgetMissed, Refused, RevectorError
 from revector.partitions import Detached, Leaf
 from revector.plan import Generation, Plan, cut_name, hot_share
-from revector.throttle import PAUSED, Watch
+from revector.throttle import LAG, PAUSED, Watch
 from revector.work import Effect, Outcome, Progress, Recorded, Work
 
 #: A window holds about this much encoding, so that a kill costs little paid work ...
@@ -662,6 +662,8 @@ class Filler:
         self._writer = writer(work)
         self.session = self._writer.__enter__()
         self.written = 0
+        #: Why nothing may be written at present, as it was last told.
+        self._held = ""
         #: Generation number -> when its last write was noted.
         self._noted: dict[int, float] = {}
         #: (leaf, hash of the text) of rows whose other half a failing model still owes.
@@ -705,6 +707,9 @@ class Filler:
         ledger = self.work.ledger_on(self.session)
         swapped = ledger.unsettled(self.work.plan.old.number)
         due = [number for number in self.troubles if time.monotonic() >= self.troubles[number].again]
+        for number in [number for number in due if number not in self.numbers]:
+            self._prove(number)
+        due = [number for number in due if number in self.numbers]
         sound = [number for number in self.numbers if number not in self.troubles]
         try:
             written = self._walk_all(sound) if sound else 0
@@ -718,15 +723,20 @@ class Filler:
             ledger.settle_swap(swapped)
         return written
 
-    def prove(self) -> None:
-        """Load and check the models now, so that whoever counts on this counts on models that answer."""
-        for number in self.numbers:
-            try:
-                self.work.models[number]()
-            except Interrupted:
-                raise
-            except RevectorError as error:
-                self._in_trouble(number, error)
+    def prove(self, numbers: Sequence[int]) -> None:
+        """Load and check these models now, so that whoever counts on this counts on models that answer."""
+        for number in numbers:
+            self._prove(number)
+
+    def _prove(self, number: int) -> None:
+        try:
+            self.work.models[number]()
+        except Interrupted:
+            raise
+        except RevectorError as error:
+            self._in_trouble(number, error)
+        else:
+            self.troubles.pop(number, None)
 
     def oldest(self) -> float:
         """Seconds since a look first found something pending that is not filled yet; 0: nothing waits."""
@@ -800,9 +810,7 @@ class Filler:
             now = time.monotonic()
             for key in [(leaf.oid, r.tid, r.hash) for r in batch]:
                 self._met[key] = self.seen.get(key, now)
-            # From SERVED on these rows are missing from search until they are filled.
-            urgent = self.work.plan.old.number in self.numbers
-            if self.paced and not self.work.throttle.hold(self.work.stop, self._tell, urgent=urgent):
+            if self.paced and not self._may_write():
                 return written
             try:
                 written += (count := self._fill(leaf, batch, needed))
@@ -813,6 +821,21 @@ class Filler:
                 return written
             after = f"({end[0]},{end[1]})"
         return written
+
+    def _may_write(self) -> bool:
+        """Wait for the throttle. Who endures waits for no resume and no standby: the stage may have moved on meanwhile."""
+        throttle = self.work.throttle
+        # From SERVED on these rows are missing from search until they are filled.
+        urgent = self.work.plan.old.number in self.numbers
+        if self.enduring:
+            reason = throttle.wait(urgent=urgent)[1]
+            held = throttle.words(reason) if reason in (PAUSED, LAG) else ""
+            if held and not self._held:
+                self._tell(held)
+            self._held = held
+            if held:
+                return False
+        return throttle.hold(self.work.stop, self._tell, urgent=urgent)
 
     def _tell(self, reason: str) -> None:
         if reason == PAUSED:
@@ -1101,12 +1124,23 @@ def _copy_window(work: Work, session: Session, leaf: Leaf, lo: int, hi: int, par
     return written
 
 
-def catch_up(work: Work, numbers: Sequence[int], *, paced: bool = False) -> dict[int, int]:
-    """Fill what is pending in these generations, with no lock held; returns what is left, as `Filler.drain` does."""
+def catch_up(work: Work, numbers: Sequence[int], *, paced: bool = False, spared: int | None = None) -> dict[int, int]:
+    """Fill what is pending in these generations, with no lock held; returns what is left, as `Filler.drain` does.
+
+    A failing model is raised once all else is written; that of generation `spared` is only told.
+    """
     if work.plan.copies_outside:
         copy_outside(work)
-    with Filler(work, numbers, paced=paced) as filler:
-        return filler.drain()
+    with Filler(work, numbers, enduring=spared is not None, paced=paced) as filler:
+        left = filler.drain()
+        for number, trouble in filler.troubles.items():
+            if number != spared:
+                raise trouble.error
+            model = work.plan.generation(number).model.model
+            work.note(
+                f"{model} fails, and {left[number]:,} rows stay without its vector until it answers: {trouble.error}"
+            )
+        return left
 
 
 def refresh(work: Work) -> int:

@@ -26,13 +26,13 @@ _GAP: Final = 0.2
 #: What a view cannot do, and the way round.
 LIMITS: Final = (
     ("ON CONFLICT ON CONSTRAINT", "name the columns, ON CONFLICT (id)"),
-    ("COPY of the view, in or out", "COPY the table by schema and name; out also COPY (SELECT ...) TO"),
+    ("COPY of the view, in or out", "in: from a session with the plain search_path; out: COPY (SELECT ...) TO"),
     ("TRUNCATE", "the table by schema and name"),
     ("MERGE, before PostgreSQL 17", "INSERT ... ON CONFLICT (columns)"),
     ("ctid, xmin, WHERE CURRENT OF, TABLESAMPLE", "the key, or the table by schema and name"),
     ("pg_get_serial_sequence, which gives NULL", "give it the table by schema and name"),
     ("CREATE INDEX, ALTER TABLE and other DDL", "the application's own migrations keep the plain search_path"),
-    ("DROP COLUMN or another type under a view", "expose --drop, then the change, then expose"),
+    ("DROP COLUMN or another type under a view", "move its users away, expose --drop, the change, expose"),
     ("columns or grants that the table gets later", "expose --refresh"),
     ("a view named with its schema", "use search_path alone: the trigger knows a writer's side by it"),
 )
