@@ -147,10 +147,10 @@ def strict(session: Session, table: int, column: str) -> tuple[tuple[int, str], 
     return tuple((row.oid, row.name) for row in found)
 
 
-def not_null_part(session: Session, table: int, columns: Sequence[str]) -> tuple[Leaf, str] | None:
-    """A partition in which one of these columns is NOT NULL, and that column: one that was attached so."""
-    tables = [part.oid for part in below(session, table)]
-    row = session.row(block("partitions", "not_null_parts"), tables=tables, columns=list(columns))
+def not_null_in(session: Session, table: int, columns: Sequence[str]) -> tuple[Leaf, str] | None:
+    """The table, or else a partition of it, in which one of these columns is NOT NULL, and that column."""
+    tables = [table, *(part.oid for part in below(session, table))]
+    row = session.row(block("partitions", "not_null_in"), tables=tables, columns=list(columns))
     return (Leaf(row.oid, row.schema, row.name), row.column) if row is not None else None
 
 

@@ -114,10 +114,10 @@ SELECT k.conrelid AS oid, k.conname AS name
          WHERE t.contype = 'n' AND t.conrelid = %(table)s::oid AND b.attname = %(column)s))
  ORDER BY 1;
 
--- name: not_null_parts
--- Partitions in which one of these columns is NOT NULL.
+-- name: not_null_in
+-- The first of these relations in which one of these columns is NOT NULL.
 -- lock: none
 SELECT c.oid, n.nspname AS schema, c.relname AS name, a.attname AS column
   FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE a.attrelid = ANY (%(tables)s::oid[]) AND a.attname = ANY (%(columns)s) AND a.attnotnull AND NOT a.attisdropped
- ORDER BY 1 LIMIT 1;
+ ORDER BY array_position(%(tables)s::oid[], c.oid) LIMIT 1;

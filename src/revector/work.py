@@ -12,8 +12,8 @@ from psycopg import sql
 
 from revector.db import DEFAULT_LIMITS, Database, Pause, PauseLimits, Session, block, raw
 from revector.embed import Embedder, Identity, Meter
-from revector.errors import Interrupted
-from revector.partitions import Leaf, leaves
+from revector.errors import Interrupted, Refused
+from revector.partitions import Leaf, leaves, not_null_in
 from revector.plan import Generation, Plan
 from revector.settings import Settings
 from revector.spending import Purse
@@ -298,6 +298,37 @@ class Work:
         self.ledger.record("pause", {**cost, "total_ms": round(pause.total_ms, 1), "attempt": pause.attempt})
         self.observe(Recorded(name, cost))
         return pause
+
+    def refuse_not_null(self, columns: Sequence[str]) -> None:
+        """Refuse where one of these columns is NOT NULL: from SERVED on a vector is NULL until the follower has filled it."""
+        plan = self.plan
+        found = not_null_in(self.control, plan.table_oid, columns)
+        if found is None:
+            return
+        where, column = found
+        relax = block("work", "drop_not_null", table=where.identifier, column=sql.Identifier(column))
+        back = "finalize and abort give NOT NULL back"
+        if not plan.not_null:
+            set_again = block("work", "set_not_null", table=where.identifier, column=sql.Identifier(plan.column))
+            back = f"the plan found none, so it is yours to give back after finalize or abort: {set_again.as_string(None)};"
+        part = where.oid != plan.table_oid
+        raise Refused(
+            f"{plan.table}: {column} is NOT NULL"
+            + (f" in partition {where.name}, which was attached so" if part else ""),
+            why="Somebody made it so since the plan. A text that is written without the other model's vector would be"
+            " refused (23502), for that vector is NULL until the follower has filled it. Nothing was changed.",
+            hint=f"{relax.as_string(None)};\n{back}\nthen the same command again",
+        )
+
+    def nullable(self, columns: Sequence[str]) -> sql.Composable:
+        """A statement that fails where one of these columns is NOT NULL; it reads the catalog, under the caller's lock."""
+        body = block(
+            "work",
+            "nullable",
+            table=sql.Literal(self.plan.table_oid),
+            columns=sql.SQL("{}::name[]").format(sql.Literal(list(columns))),
+        )
+        return sql.SQL("DO {}").format(sql.Literal(body.as_string(None)))
 
     def none_pending(
         self, generation: Generation, column: str, allowed: int, *, also_without_text: bool = False

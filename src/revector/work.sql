@@ -12,6 +12,31 @@ BEGIN
   END IF;
 END
 
+-- name: nullable
+-- Fails where one of these columns is NOT NULL, in the table or in a partition.
+-- lock: none
+DECLARE
+  guilty text;
+BEGIN
+  SELECT a.attname INTO guilty FROM pg_catalog.pg_attribute a
+   WHERE a.attname = ANY ({columns}) AND a.attnotnull AND NOT a.attisdropped
+     AND (a.attrelid = {table}::oid OR a.attrelid IN (SELECT relid FROM pg_catalog.pg_partition_tree({table}::oid)))
+   LIMIT 1;
+  IF guilty IS NOT NULL THEN
+    RAISE EXCEPTION '% became NOT NULL just now', guilty USING ERRCODE = 'RV001';
+  END IF;
+END
+
+-- name: drop_not_null
+-- What the user is told to do about a NOT NULL that somebody has added.
+-- lock: ACCESS EXCLUSIVE
+ALTER TABLE {table} ALTER COLUMN {column} DROP NOT NULL;
+
+-- name: set_not_null
+-- And how to get it back once the migration is closed.
+-- lock: ACCESS EXCLUSIVE, for a scan
+ALTER TABLE {table} ALTER COLUMN {column} SET NOT NULL;
+
 -- name: indexes_valid
 -- Fails unless all of these indexes are there and valid.
 -- lock: none

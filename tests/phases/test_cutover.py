@@ -56,7 +56,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
 
 def give(dsn: str, command: str, **options: Any) -> Any:
     with steering(dsn) as migration:
-        return getattr(migration, command)(**{**COMMANDS[command], **options})
+        return getattr(migration, command)(**{**COMMANDS.get(command, {}), **options})
 
 
 # -- the swap ---------------------------------------------------------------------------------------------------------
@@ -735,6 +735,78 @@ def test_refused_texts_above_the_allowance(dsn: str, connection: psycopg.Connect
         with pytest.raises(GateFailed, match="refuses 1 texts"):
             migration.finalize()
         assert stage_of(connection) == ("CUT_OVER", None)
+
+
+# -- NOT NULL by someone else ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["live", "other"])
+@pytest.mark.parametrize("not_null", [False, True])
+@pytest.mark.parametrize(
+    ("command", "start"),
+    [("cutover", "VERIFIED"), ("expose", "VERIFIED"), ("cutover", "SERVED"), ("rollback", "CUT_OVER")],
+)
+def test_not_null_by_someone_else_is_refused(
+    dsn: str, connection: psycopg.Connection[Any], command: str, start: str, not_null: bool, column: str
+) -> None:
+    """From SERVED on the other version's vector is NULL for a moment: NOT NULL would be the application's error (23502)."""
+    knowledge_base(connection, 20, not_null=not_null)
+    advance(dsn, start)
+    name = "embedding" if column == "live" else "embedding_g1" if start == "CUT_OVER" else "embedding_g2"
+    connection.execute(f"ALTER TABLE kb ALTER {name} SET NOT NULL")  # type: ignore[arg-type]
+    before = shape(connection)
+    if not_null and column == "live" and start == "VERIFIED":
+        give(dsn, command, without_follower=True)  # as it was planned: serve relaxes it
+    else:
+        with pytest.raises(Refused, match=f"{name} is NOT NULL") as caught:
+            give(dsn, command, without_follower=True)
+        unchanged(connection, before, start)
+        relax, told, again = caught.value.hint.splitlines()
+        assert relax == f'ALTER TABLE "public"."kb" ALTER COLUMN "{name}" DROP NOT NULL;'
+        assert ("give NOT NULL back" in told) is not_null and ("SET NOT NULL" in told) is not not_null
+        assert again == "then the same command again"
+        connection.execute(relax)
+        give(dsn, command, without_follower=True)
+    live, other = (NEW, OLD) if stage_of(connection)[0] == "CUT_OVER" else (OLD, NEW)
+    connection.execute("INSERT INTO kb (id, content, embedding) VALUES (900, 'new', %s)", (vector(live, "new"),))
+    connection.execute("UPDATE kb SET content = 'edited' WHERE id = 1")
+    fill(dsn, connection)
+    columns = {"embedding": live, "embedding_g1" if live == NEW else "embedding_g2": other}
+    assert_exact(connection, "kb", "content", columns, at_least=21)
+
+
+@pytest.mark.parametrize(("command", "start"), [("serve", "VERIFIED"), ("cutover", "SERVED"), ("rollback", "CUT_OVER")])
+def test_not_null_at_the_last_moment_is_seen_under_the_lock(
+    dsn: str, connection: psycopg.Connection[Any], command: str, start: str
+) -> None:
+    knowledge_base(connection, 20, not_null=False)
+    advance(dsn, start)
+
+    def strict(seen: Observation) -> None:
+        if isinstance(seen, Effect) and seen.step == command:
+            connection.execute("ALTER TABLE kb ALTER embedding SET NOT NULL")
+
+    with (
+        steering(dsn, observe=strict) as migration,
+        pytest.raises(Refused, match="became NOT NULL") as caught,
+    ):
+        getattr(migration, "cutover" if command == "serve" else command)(without_follower=True)
+    assert "the same command again" in caught.value.hint
+    assert stage_of(connection) == (start, None)
+
+
+def test_not_null_given_back_by_someone_else_is_no_obstacle_to_finalize(
+    dsn: str, connection: psycopg.Connection[Any]
+) -> None:
+    """Who sets NOT NULL on the column that stays has done what finalize would do."""
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER")
+    connection.execute("ALTER TABLE kb ALTER embedding SET NOT NULL")
+    give(dsn, "finalize")
+    assert one(
+        connection, "SELECT attnotnull FROM pg_attribute WHERE attrelid = 'kb'::regclass AND attname = 'embedding'"
+    )
+    assert_no_leftovers(connection)
 
 
 # -- the outside world ------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from psycopg import sql
 from revector import trigger
 from revector.db import block, raw
 from revector.errors import Refused
-from revector.partitions import not_null_part
 from revector.plan import Generation, Plan
 from revector.work import Outcome, Work
 
@@ -31,8 +30,8 @@ def run(work: Work, *, back: bool = False) -> Outcome:
             why="Somebody renamed or dropped one of them. Nothing was changed.",
             hint=f"revector status {plan.argument}",
         )
-    if plan.partitioned:
-        _refuse_not_null_part(work, (plan.column, incoming.column))
+    columns = (plan.column, incoming.column)
+    work.refuse_not_null(columns)
     incoming_names = plan.index_names_of(incoming, live=False)
     present = _present(work, incoming_names)
     if missing := sorted(set(incoming_names) - set(present)):
@@ -44,6 +43,7 @@ def run(work: Work, *, back: bool = False) -> Outcome:
     renames = index_renames(plan, work.schema, outgoing, incoming)
     here = _present(work, list(renames))
     statements = [
+        work.nullable(columns),
         work.none_pending(incoming, incoming.column, work.allow_pending + work.refused_rows(incoming)),
         work.indexes_valid(incoming, list(present.values())),
         *swap(plan, work.table, outgoing, incoming),
@@ -63,19 +63,6 @@ def run(work: Work, *, back: bool = False) -> Outcome:
         "attempt": pause.attempt,
     }
     return Outcome(f"{incoming.model.model} answers; the pause was {pause.total_ms:.0f} ms", figures)
-
-
-def _refuse_not_null_part(work: Work, columns: tuple[str, str]) -> None:
-    found = not_null_part(work.control, work.plan.table_oid, columns)
-    if found is not None:
-        part, column = found
-        relax = block("phases/serve", "drop_not_null", table=part.identifier, column=sql.Identifier(column))
-        raise Refused(
-            f"{work.plan.table}: {column} is NOT NULL in partition {part.name}, which was attached so",
-            why="A text that is edited there without its vector would be refused, for both vectors become NULL until the"
-            " follower has filled them. Nothing was changed.",
-            hint=f"{relax.as_string(None)};\nfinalize gives NOT NULL back if the table had it",
-        )
 
 
 def names(plan: Plan, table: sql.Composable, outgoing: Generation, incoming: Generation) -> list[sql.Composable]:

@@ -16,9 +16,16 @@ from revector.work import Outcome, Work
 
 
 def run(work: Work) -> Outcome:
-    """Guard both generations: SERVED is proven by the commit itself."""
-    relaxed = [*statements(work.plan, work.table), *_own(work)]
-    pause = work.pause("serve", relaxed, stages=["VERIFIED"], stage="SERVED")
+    """Guard both generations: SERVED is proven by the commit itself.
+
+    Raises `Refused` where somebody has made a vector column NOT NULL since the plan.
+    """
+    plan = work.plan
+    columns = (plan.column, plan.new.column)
+    # What the plan has found is relaxed here; what somebody has added since is theirs to take back.
+    work.refuse_not_null(columns[1:] if plan.not_null else columns)
+    relaxed = [*statements(plan, work.table), *_own(work)]
+    pause = work.pause("serve", [*relaxed, work.nullable(columns)], stages=["VERIFIED"], stage="SERVED")
     return Outcome(
         f"both generations are guarded; writers waited {pause.total_ms:.0f} ms at most",
         {"pause_ms": round(pause.total_ms, 1)},
