@@ -2,8 +2,8 @@
 -- CHECK constraints that read this column, and how many columns each reads.
 -- lock: none
 SELECT conname AS name, convalidated AS valid, cardinality(conkey) AS columns, pg_get_expr(conbin, conrelid) AS expression,
-       connoinherit AS alone
-  FROM pg_constraint
+       connoinherit AS alone, coalesce((to_jsonb(k) ->> 'conenforced')::boolean, true) AS enforced
+  FROM pg_constraint k
  WHERE conrelid = %(table)s::oid AND contype = 'c' AND %(column)s::int2 = ANY (conkey) AND conparentid = 0
  ORDER BY conname;
 

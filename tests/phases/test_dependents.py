@@ -45,6 +45,8 @@ def reader(connection: psycopg.Connection[Any]) -> Iterator[str]:
     connection.execute(f"CREATE ROLE {name}")
     yield name
     connection.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+    connection.execute("DROP TABLE IF EXISTS kb CASCADE")
+    connection.execute(f"DROP TABLESPACE IF EXISTS {name}")
 
 
 def everything(connection: psycopg.Connection[Any], reader: str) -> None:
@@ -61,6 +63,15 @@ def everything(connection: psycopg.Connection[Any], reader: str) -> None:
         "ALTER TABLE kb ADD CONSTRAINT kb_unit CHECK (vector_norm(embedding) > 0.9)",
         "ALTER TABLE kb ADD CONSTRAINT kb_later CHECK (vector_norm(embedding) < 9) NOT VALID",
         "COMMENT ON COLUMN kb.embedding IS 'of the content'",
+        "COMMENT ON CONSTRAINT kb_unit ON kb IS 'unit vectors'",
+        "COMMENT ON CONSTRAINT kb_embedding_not_null ON kb IS 'always there'",
+        'ALTER INDEX "kb norm" ALTER COLUMN 1 SET STATISTICS 333',
+        "ALTER INDEX kb_half ALTER COLUMN 1 SET STATISTICS 9",
+        'ALTER TABLE kb CLUSTER ON "kb norm"',
+        "SET allow_in_place_tablespaces = on",
+        f"CREATE TABLESPACE {reader} LOCATION ''",
+        *(f"ALTER INDEX {name} SET TABLESPACE {reader}" for name in ("kb_tenant", "kb_cover", "kb_half")),
+        "ALTER TABLE kb ADD CONSTRAINT kb_asserted CHECK (vector_norm(embedding) < 8) NOT ENFORCED",
         "ALTER TABLE kb ALTER embedding SET STATISTICS 77",
         "ALTER TABLE kb ALTER embedding SET STORAGE EXTENDED",
         "ALTER TABLE kb ALTER embedding SET COMPRESSION pglz",
@@ -84,6 +95,12 @@ def complete(connection: psycopg.Connection[Any]) -> dict[str, Any]:
         "policies": "SELECT polname, pg_get_expr(polqual, polrelid) FROM pg_policy WHERE polrelid = %(t)s::oid",
         "index comments": "SELECT c.relname, obj_description(c.oid, 'pg_class') FROM pg_index i"
         " JOIN pg_class c ON c.oid = i.indexrelid WHERE i.indrelid = %(t)s::oid",
+        "constraint comments": "SELECT conname, obj_description(oid, 'pg_constraint') FROM pg_constraint"
+        " WHERE conrelid = %(t)s::oid",
+        "index properties": "SELECT c.relname, i.indisclustered, i.indisreplident, t.spcname, c.reloptions::text,"
+        " ARRAY(SELECT a.attstattarget FROM pg_attribute a WHERE a.attrelid = c.oid ORDER BY a.attnum)"
+        " FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid LEFT JOIN pg_tablespace t ON t.oid = c.reltablespace"
+        " WHERE i.indrelid = %(t)s::oid",
         "grants": "SELECT relacl::text FROM pg_class WHERE oid = %(t)s::oid",
     }
     for name, query in more.items():
@@ -118,7 +135,8 @@ def test_everything_is_carried(dsn: str, connection: psycopg.Connection[Any], re
         told = [f.finding for f in migration.preview(REQUEST).draft.findings if f.title == "dependents"]
         migration.run(REQUEST)
     assert told == [
-        "carried with embedding: index kb norm, index kb_cover, index kb_tenant, CHECK kb_later, CHECK kb_unit,"
+        "carried with embedding: index kb norm, index kb_cover, index kb_tenant, CHECK kb_asserted, CHECK kb_later,"
+        " CHECK kb_unit,"
         f" statistics target 77, STORAGE EXTENDED, COMPRESSION pglz, n_distinct=-0.5, SELECT for {reader}, UPDATE for {reader}"
     ]
     tenants = "SELECT id FROM kb WHERE tenant = 1 AND embedding IS NOT NULL"
@@ -130,7 +148,7 @@ def test_everything_is_carried(dsn: str, connection: psycopg.Connection[Any], re
         migration.rollback(without_follower=True)
     assert '"kb_tenant"' in used(connection, tenants), used(connection, tenants)
     now = complete(connection)
-    for name in ("index comments", "constraints"):
+    for name in ("index comments", "constraint comments", "index properties", "constraints"):
         assert before[name] - now[name] <= {row for row in before[name] if "not_null" in row}, name
     with steering(dsn) as migration:
         migration.cutover(without_follower=True)
@@ -151,7 +169,7 @@ def assert_no_leftovers_but(connection: psycopg.Connection[Any]) -> None:
     """`kb_later` was NOT VALID before, and is so still."""
     assert one(connection, "SELECT NOT convalidated FROM pg_constraint WHERE conname = 'kb_later'")
     connection.execute("ALTER TABLE kb VALIDATE CONSTRAINT kb_later")
-    assert_no_leftovers(connection)
+    assert_no_leftovers(connection, keep=["kb_asserted"])
     connection.execute("ALTER TABLE kb DROP CONSTRAINT kb_later")
     connection.execute("ALTER TABLE kb ADD CONSTRAINT kb_later CHECK (vector_norm(embedding) < 9) NOT VALID")
 
