@@ -14,7 +14,7 @@ from typing import Any, Final
 from psycopg import errors as pg
 from psycopg import sql
 
-from revector.catalog import Column, Index, Table
+from revector.catalog import Column, Dependent, Index, Table
 from revector.db import Session, block, raw
 from revector.embed.spec import Identity
 
@@ -208,6 +208,28 @@ def set_on(session: Session, table: int, column: int) -> frozenset[str]:
         told += [f"COMPRESSION {_COMPRESSION[row.compression]}"] if row.compression else []
         told += row.options
     return frozenset(told)
+
+
+def set_in_parts(session: Session, table: Table, column: Column) -> tuple[Dependent, ...]:
+    """What single partitions have set on their vector column: nothing that is set on the table spreads it to them."""
+    tables = [part.oid for part in table.partitions.parts] if table.partitions else []
+    if not tables:
+        return ()
+    # These two an ALTER TABLE of the whole sets in every partition.
+    spread = {s for s in set_on(session, table.oid, column.number) if s.startswith(("statistics target", "STORAGE"))}
+    found = [
+        (row.partition, told)
+        for row in session.rows(block("carried", "part_columns"), tables=tables, column=column.name)
+        for told in sorted(set_on(session, row.oid, row.number) - spread)
+    ]
+    found += [
+        (row.partition, row.told)
+        for row in session.rows(block("carried", "set_in_parts"), tables=tables, column=column.name)
+    ]
+    return tuple(
+        Dependent(f"{told} of partition {partition}", f"unset it in {partition}, and set it there again after finalize")
+        for partition, told in found
+    )
 
 
 def _settings(

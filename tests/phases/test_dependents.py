@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from fix_partitions import partitioned
+from fix_partitions import partitioned, relations
 from fix_tables import (
     NEW,
     OLD,
@@ -83,10 +83,10 @@ def everything(connection: psycopg.Connection[Any], reader: str) -> None:
         connection.execute(statement)
 
 
-def complete(connection: psycopg.Connection[Any]) -> dict[str, Any]:
+def complete(connection: psycopg.Connection[Any], table: str = "kb") -> dict[str, Any]:
     """All of it as sets; the vector type aside, which is to change, and the columns' order."""
-    told = {name: {json.dumps(row, default=str) for row in rows} for name, rows in shape(connection).items()}
-    parameters = {"t": oid_of(connection)}
+    told = {name: {json.dumps(row, default=str) for row in rows} for name, rows in shape(connection, table).items()}
+    parameters = {"t": oid_of(connection, table)}
     more = {
         "settings": "SELECT attname, attcompression::text, attoptions::text FROM pg_attribute"
         " WHERE attrelid = %(t)s::oid AND attnum > 0 AND NOT attisdropped",
@@ -163,6 +163,63 @@ def test_everything_is_carried(dsn: str, connection: psycopg.Connection[Any], re
     after, wanted = complete(connection), widened(before)
     assert {name: after[name] ^ wanted[name] for name in wanted if after[name] != wanted[name]} == {}
     assert "'edited'" not in "".join(map(str, after.values()))
+
+
+def test_everything_of_a_partitioned_table_is_carried(
+    dsn: str, connection: psycopg.Connection[Any], reader: str
+) -> None:
+    """The table and each of its partitions are the same at the end, as sets."""
+    partitioned(connection, "list", 60)
+    for statement in (
+        "CREATE INDEX docs_tenant ON docs (tenant) WHERE embedding IS NOT NULL",
+        "CREATE INDEX docs_norm ON docs ((vector_norm(embedding)), note DESC)",
+        "COMMENT ON INDEX docs_tenant IS 'by tenant'",
+        "COMMENT ON INDEX docs_embedding_idx IS 'for search'",
+        "ALTER TABLE docs ADD CONSTRAINT docs_unit CHECK (vector_norm(embedding) > 0.9)",
+        "COMMENT ON CONSTRAINT docs_unit ON docs IS 'unit vectors'",
+        "COMMENT ON CONSTRAINT docs_embedding_not_null ON docs IS 'always there'",
+        "COMMENT ON COLUMN docs.embedding IS 'of the content'",
+        "ALTER TABLE docs ALTER embedding SET STATISTICS 77",
+        "ALTER TABLE docs ALTER embedding SET STORAGE EXTENDED",
+        f"GRANT SELECT (id, embedding) ON docs TO {reader}",
+    ):
+        connection.execute(statement)
+    before = {name: complete(connection, name) for name in relations(connection)}
+    with steering(dsn, "docs") as migration:
+        migration.run(REQUEST)
+        migration.cutover(without_follower=True)
+        migration.rollback(without_follower=True)
+        migration.cutover(without_follower=True)
+        migration.finalize()
+    assert_no_leftovers(connection, "docs")
+    for name, was in before.items():
+        after, wanted = complete(connection, name), widened(was)
+        assert {n: after[n] ^ wanted[n] for n in wanted if after[n] != wanted[n]} == {}, name
+
+
+OF_ONE_PARTITION = {
+    "GRANT SELECT (embedding) ON docs_p0 TO {reader}": "SELECT for {reader} of partition docs_p0",
+    "ALTER TABLE docs_p0 ALTER embedding SET STATISTICS 78": "statistics target 78 of partition docs_p0",
+    "ALTER TABLE docs_p0 ALTER embedding SET STORAGE MAIN": "STORAGE MAIN of partition docs_p0",
+    "ALTER TABLE docs_p0 ALTER embedding SET (n_distinct = -0.5)": "n_distinct=-0.5 of partition docs_p0",
+    "COMMENT ON COLUMN docs_p0.embedding IS 'old years'": "comment of column embedding of partition docs_p0",
+    "COMMENT ON INDEX docs_p0_embedding_idx IS 'part'": "comment of index docs_p0_embedding_idx of partition docs_p0",
+    "COMMENT ON CONSTRAINT docs_embedding_not_null ON docs_p0 IS 'x'": (
+        "comment of constraint docs_embedding_not_null of partition docs_p0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("statement", OF_ONE_PARTITION)
+def test_what_one_partition_has_set_is_refused_by_name(
+    dsn: str, connection: psycopg.Connection[Any], reader: str, statement: str
+) -> None:
+    partitioned(connection, "list", 12)
+    connection.execute("ALTER TABLE docs ALTER embedding SET STATISTICS 77")
+    connection.execute(statement.format(reader=reader))
+    with steering(dsn, "docs") as migration:
+        (found,) = migration.preview(REQUEST).draft.blockers
+    assert found.finding == OF_ONE_PARTITION[statement].format(reader=reader)
+    assert found.remedy == "unset it in docs_p0, and set it there again after finalize"
 
 
 def assert_no_leftovers_but(connection: psycopg.Connection[Any]) -> None:
