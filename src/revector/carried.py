@@ -14,7 +14,7 @@ from typing import Any, Final
 from psycopg import errors as pg
 from psycopg import sql
 
-from revector.catalog import Column, Index, Table
+from revector.catalog import Column, Dependent, Index, Table
 from revector.db import Session, block, raw
 from revector.embed.spec import Identity
 
@@ -35,6 +35,8 @@ class Twin:
     live_name: str
     #: What follows USING, `{column}` in the vector column's place.
     using: str
+    #: (number, target) of its columns that have a statistics target of their own.
+    statistics: tuple[tuple[int, int], ...] = ()
 
     def on(self, column: str) -> str:
         """What follows USING, for the column of this quoted name."""
@@ -50,6 +52,8 @@ class Check:
     condition: str
     #: Whether it is known to hold for every row.
     valid: bool
+    #: Whether the server looks at it at all (PostgreSQL 18).
+    enforced: bool = True
 
     def on(self, column: str) -> str:
         """The condition for the column of this quoted name."""
@@ -80,7 +84,10 @@ def carried_from_json(told: Mapping[str, Any] | None) -> Carried:
     if told is None:
         return NOTHING_CARRIED
     return Carried(
-        tuple(Twin(**t) for t in told["twins"]),
+        tuple(
+            Twin(**{**t, "statistics": tuple((number, target) for number, target in t.get("statistics", ()))})
+            for t in told["twins"]
+        ),
         tuple(Check(**c) for c in told["checks"]),
         tuple(told["settings"]),
         tuple(told["told"]),
@@ -91,12 +98,12 @@ def carried_from_json(told: Mapping[str, Any] | None) -> Carried:
 def templated(expression: str, column: str) -> str:
     """An expression as PostgreSQL deparses it, with `{column}` wherever it reads that column."""
     tokens, told, before = _TOKEN.findall(expression), [], ""
-    for number, this in enumerate(tokens):
-        name = this[1:-1].replace('""', '"') if this.startswith('"') else this
+    for number, token in enumerate(tokens):
+        name = token[1:-1].replace('""', '"') if token.startswith('"') else token
         after = next((t for t in tokens[number + 1 :] if not t.isspace()), "")
-        reads = name == column and not this.startswith("'") and before not in (".", ":") and after not in ("(", ".")
-        told.append("{column}" if reads else this)
-        before = this
+        reads = name == column and not token.startswith("'") and before not in (".", ":") and after not in ("(", ".")
+        told.append("{column}" if reads else token)
+        before = token
     return "".join(told)
 
 
@@ -133,11 +140,21 @@ def read_carried(session: Session, table: Table, column: Column, new: Identity, 
     twins = [twin for index in table.indexes if (twin := twin_of(index, column)) is not None]
     own = sql.Identifier(vector_schema, column.type_name).as_string(None)
     checks = [
-        Check(row.name, templated(row.expression, column.name), row.valid)
+        Check(row.name, templated(row.expression, column.name), row.valid, row.enforced)
         for row in session.rows(block("carried", "checks"), table=table.oid, column=column.number)
         if row.columns == 1 and not row.alone and _accepts(session, row.expression, column, new, own)
     ]
     settings, told, left = _settings(session, table, column, new)
+    carried = [i for i in table.indexes if i.covers_only(column) or i.name in {twin.live_name for twin in twins}]
+    left += [
+        (
+            f"tablespace {index.tablespace} of index {index.name}: this role may not create there",
+            f'GRANT CREATE ON TABLESPACE "{index.tablespace}" to it first, or move the index after finalize:'
+            f' ALTER INDEX "{index.name}" SET TABLESPACE "{index.tablespace}"',
+        )
+        for index in carried
+        if not index.placeable
+    ]
     told = [
         *(f"index {twin.live_name}" for twin in twins),
         *(f"CHECK {check.name}" for check in checks),
@@ -154,7 +171,17 @@ def twin_of(index: Index, column: Column) -> Twin | None:
         return None
     if index.unique or index.excludes or index.method in ("hnsw", "ivfflat") or _OF_ONE_DIMENSION.search(using):
         return None
-    return Twin(index.name, template)
+    # Its definition does not say where it lies.
+    tail = f" WHERE {index.predicate}" if index.predicate else ""
+    head = templated(using.removesuffix(tail), column.name)
+    return Twin(index.name, f"{head}{placed(index)}{templated(tail, column.name)}", index.statistics)
+
+
+def placed(index: Index) -> str:
+    """The clause that puts another index where this one lies."""
+    if index.tablespace is None or not index.placeable:
+        return ""
+    return f" TABLESPACE {sql.Identifier(index.tablespace).as_string(None)}"
 
 
 def _accepts(session: Session, expression: str, column: Column, new: Identity, own: str) -> bool:
@@ -181,6 +208,28 @@ def set_on(session: Session, table: int, column: int) -> frozenset[str]:
         told += [f"COMPRESSION {_COMPRESSION[row.compression]}"] if row.compression else []
         told += row.options
     return frozenset(told)
+
+
+def set_in_parts(session: Session, table: Table, column: Column) -> tuple[Dependent, ...]:
+    """What single partitions have set on their vector column: nothing that is set on the table spreads it to them."""
+    tables = [part.oid for part in table.partitions.parts] if table.partitions else []
+    if not tables:
+        return ()
+    # These two an ALTER TABLE of the whole sets in every partition.
+    spread = {s for s in set_on(session, table.oid, column.number) if s.startswith(("statistics target", "STORAGE"))}
+    found = [
+        (row.partition, told)
+        for row in session.rows(block("carried", "part_columns"), tables=tables, column=column.name)
+        for told in sorted(set_on(session, row.oid, row.number) - spread)
+    ]
+    found += [
+        (row.partition, row.told)
+        for row in session.rows(block("carried", "set_in_parts"), tables=tables, column=column.name)
+    ]
+    return tuple(
+        Dependent(f"{told} of partition {partition}", f"unset it in {partition}, and set it there again after finalize")
+        for partition, told in found
+    )
 
 
 def _settings(

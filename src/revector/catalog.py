@@ -59,6 +59,7 @@ class Column:
     identity: str
     not_null_name: str | None
     comment: str | None
+    not_null_comment: str | None = None
 
     @property
     def is_vector(self) -> bool:
@@ -89,6 +90,14 @@ class Index:
     definition: str
     #: Whether it is that of an exclusion constraint, which its definition does not say.
     excludes: bool = False
+    #: Whether CLUSTER orders the table by it.
+    clustered: bool = False
+    #: Where it lies; None: where the database's relations do.
+    tablespace: str | None = None
+    #: Whether this role may put another one there.
+    placeable: bool = True
+    #: (number, target) of its columns that have a statistics target of their own.
+    statistics: tuple[tuple[int, int], ...] = ()
 
     def covers_only(self, column: Column) -> bool:
         """Whether this is a vector index of that column and of nothing else."""
@@ -324,6 +333,10 @@ def read_table(session: Session, oid: int) -> Table:
                     bytes=i.bytes,
                     definition=i.definition,
                     excludes=i.excludes,
+                    clustered=i.clustered,
+                    tablespace=i.tablespace,
+                    placeable=i.placeable,
+                    statistics=tuple((number, target) for number, target in i.statistics),
                 )
                 for i in session.rows(block("catalog", "indexes"), table=oid)
             ),

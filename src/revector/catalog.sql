@@ -66,6 +66,8 @@ SELECT a.attnum AS number, a.attname AS name, format_type(a.atttypid, a.atttypmo
        a.attidentity::text AS identity,
        (SELECT conname FROM pg_constraint k
          WHERE k.conrelid = a.attrelid AND k.contype = 'n' AND k.conkey = ARRAY[a.attnum] LIMIT 1) AS not_null_name,
+       (SELECT obj_description(k.oid, 'pg_constraint') FROM pg_constraint k
+         WHERE k.conrelid = a.attrelid AND k.contype = 'n' AND k.conkey = ARRAY[a.attnum] LIMIT 1) AS not_null_comment,
        col_description(a.attrelid, a.attnum) AS comment
   FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
  WHERE a.attrelid = %(table)s::oid AND a.attnum > 0 AND NOT a.attisdropped
@@ -102,7 +104,11 @@ SELECT i.indexrelid AS oid, c.relname AS name, am.amname AS method, i.indisvalid
        coalesce(c.reloptions, ARRAY[]::text[]) AS options,
        pg_get_expr(i.indpred, i.indrelid) AS predicate, pg_get_expr(i.indexprs, i.indrelid) AS expression,
        pg_relation_size(i.indexrelid) AS bytes, pg_get_indexdef(i.indexrelid) AS definition,
-       i.indisexclusion AS excludes
+       i.indisexclusion AS excludes, i.indisclustered AS clustered,
+       (SELECT spcname FROM pg_tablespace WHERE oid = c.reltablespace) AS tablespace,
+       coalesce(has_tablespace_privilege(nullif(c.reltablespace, 0), 'CREATE'), true) AS placeable,
+       ARRAY(SELECT ARRAY[a.attnum::int, a.attstattarget::int] FROM pg_attribute a
+              WHERE a.attrelid = i.indexrelid AND coalesce(a.attstattarget, -1) >= 0 ORDER BY a.attnum) AS statistics
   FROM pg_index i
   JOIN pg_class c ON c.oid = i.indexrelid
   JOIN pg_am am ON am.oid = c.relam

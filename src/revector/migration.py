@@ -1169,7 +1169,7 @@ class Migration:
         settings = {column.name: set_on(self.control, self.oid, column.number) for column in columns}
         both = frozenset.intersection(*settings.values())
         # STORAGE PLAIN is left behind knowingly where the new model's vectors would not fit.
-        left = {"STORAGE PLAIN"} if row.plan.carried.left else set()
+        left = {"STORAGE PLAIN"} if any("STORAGE PLAIN" in what for what, _ in row.plan.carried.left) else set()
         remedy = f"set it on both columns, or on neither: {', '.join(settings)}"
         for column in columns:
             found = [*dependents(self.control, table, column, row.plan.carried_names)]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
-from revector.carried import NOTHING_CARRIED, Carried, carried_from_json, conditions
+from revector.carried import NOTHING_CARRIED, Carried, carried_from_json, conditions, placed
 from revector.catalog import INDEX_LIMITS, Column, Dependent, Index, Server, Table, Text
 from revector.embed.spec import Identity
 from revector.errors import Refused
@@ -98,6 +98,10 @@ class TargetIndex:
     expression: str | None = None
     #: Whether it serves rows outside the filter, whose vectors stay what they are.
     outside: bool = False
+    #: The clause that puts it where the live one lies; empty: where the database's relations do.
+    placed: str = ""
+    #: (number, target) of its columns that have a statistics target of their own.
+    statistics: tuple[tuple[int, int], ...] = ()
 
     def key(self, column: str) -> str:
         """What is indexed and searched by, as SQL; `column`: the quoted name."""
@@ -198,6 +202,8 @@ class Plan:
     partition_key: tuple[str, ...] = ()
     #: (OID, constraint) of the partitions whose NOT NULL has a name of its own (PostgreSQL 18).
     strict_parts: tuple[tuple[int, str], ...] = ()
+    #: The comment on the NOT NULL constraint.
+    not_null_comment: str | None = None
     verify_threshold: float = VERIFY_THRESHOLD
     #: The backup table that `restore` takes vectors from; None: an upgrade.
     source: Source | None = None
@@ -334,6 +340,9 @@ class Plan:
         def pairs(value: Any) -> tuple[tuple[str, str], ...]:
             return tuple((str(a), str(b)) for a, b in value)
 
+        def numbers(value: Any) -> tuple[tuple[int, int], ...]:
+            return tuple((int(a), int(b)) for a, b in value)
+
         def source(value: Mapping[str, Any] | None) -> Source | None:
             return None if value is None else Source(**{**value, "key": tuple(value["key"])})
 
@@ -344,7 +353,12 @@ class Plan:
                 "text_columns": pairs(told["text_columns"]),
                 "old": generation(told["old"]),
                 "new": generation(told["new"]),
-                "indexes": tuple(TargetIndex(**{**i, "parameters": pairs(i["parameters"])}) for i in told["indexes"]),
+                "indexes": tuple(
+                    TargetIndex(
+                        **{**i, "parameters": pairs(i["parameters"]), "statistics": numbers(i.get("statistics", ()))}
+                    )
+                    for i in told["indexes"]
+                ),
                 "live_indexes": tuple(
                     LiveIndex(**{**i, "parameters": pairs(i.get("parameters", ()))}) for i in told["live_indexes"]
                 ),
@@ -512,6 +526,7 @@ def _plan(request: Request, facts: Facts) -> Plan:
         ),
         not_null=column.not_null,
         not_null_name=column.not_null_name,
+        not_null_comment=column.not_null_comment,
         trigger=cut_name("~" + named(facts.next_number)),
         function=named(facts.next_number),
         backup=cut_name(f"{table.name}_backup", f"_{facts.old.dimension}") if request.backup else None,
@@ -560,7 +575,18 @@ def _target_indexes(request: Request, facts: Facts, live: list[Index]) -> tuple[
             method, parameters = "hnsw", hnsw
         targets.append(
             _fitting(
-                TargetIndex(method, index.opclass, parameters, named(number), index.name, index.predicate), facts, index
+                TargetIndex(
+                    method,
+                    index.opclass,
+                    parameters,
+                    named(number),
+                    index.name,
+                    index.predicate,
+                    placed=placed(index),
+                    statistics=index.statistics,
+                ),
+                facts,
+                index,
             )
         )
     if all(target.outside for target in targets):

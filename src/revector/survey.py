@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from psycopg import sql
 
-from revector.carried import Carried, read_carried
+from revector.carried import Carried, read_carried, set_in_parts
 from revector.catalog import (
     Column,
     Server,
@@ -143,7 +143,10 @@ def survey(
         next_number=numbers[1],
         counts=counts,
         measured=measured,
-        dependents=dependents(session, table, column, _carried_names(table, column, carried, opened)),
+        dependents=(
+            *dependents(session, table, column, _carried_names(table, column, carried, opened)),
+            *(() if opened and not opened.stage.closed else set_in_parts(session, table, column)),
+        ),
         carried=carried,
         functions=functions_naming(session, table, column),
         taken=(),

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from fix_partitions import partitioned
+from fix_partitions import partitioned, relations
 from fix_tables import (
     NEW,
     OLD,
@@ -45,6 +45,8 @@ def reader(connection: psycopg.Connection[Any]) -> Iterator[str]:
     connection.execute(f"CREATE ROLE {name}")
     yield name
     connection.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+    connection.execute("DROP TABLE IF EXISTS kb CASCADE")
+    connection.execute(f"DROP TABLESPACE IF EXISTS {name}")
 
 
 def everything(connection: psycopg.Connection[Any], reader: str) -> None:
@@ -61,6 +63,15 @@ def everything(connection: psycopg.Connection[Any], reader: str) -> None:
         "ALTER TABLE kb ADD CONSTRAINT kb_unit CHECK (vector_norm(embedding) > 0.9)",
         "ALTER TABLE kb ADD CONSTRAINT kb_later CHECK (vector_norm(embedding) < 9) NOT VALID",
         "COMMENT ON COLUMN kb.embedding IS 'of the content'",
+        "COMMENT ON CONSTRAINT kb_unit ON kb IS 'unit vectors'",
+        "COMMENT ON CONSTRAINT kb_embedding_not_null ON kb IS 'always there'",
+        'ALTER INDEX "kb norm" ALTER COLUMN 1 SET STATISTICS 333',
+        "ALTER INDEX kb_half ALTER COLUMN 1 SET STATISTICS 9",
+        'ALTER TABLE kb CLUSTER ON "kb norm"',
+        "SET allow_in_place_tablespaces = on",
+        f"CREATE TABLESPACE {reader} LOCATION ''",
+        *(f"ALTER INDEX {name} SET TABLESPACE {reader}" for name in ("kb_tenant", "kb_cover", "kb_half")),
+        "ALTER TABLE kb ADD CONSTRAINT kb_asserted CHECK (vector_norm(embedding) < 8) NOT ENFORCED",
         "ALTER TABLE kb ALTER embedding SET STATISTICS 77",
         "ALTER TABLE kb ALTER embedding SET STORAGE EXTENDED",
         "ALTER TABLE kb ALTER embedding SET COMPRESSION pglz",
@@ -72,10 +83,10 @@ def everything(connection: psycopg.Connection[Any], reader: str) -> None:
         connection.execute(statement)
 
 
-def complete(connection: psycopg.Connection[Any]) -> dict[str, Any]:
+def complete(connection: psycopg.Connection[Any], table: str = "kb") -> dict[str, Any]:
     """All of it as sets; the vector type aside, which is to change, and the columns' order."""
-    told = {name: {json.dumps(row, default=str) for row in rows} for name, rows in shape(connection).items()}
-    parameters = {"t": oid_of(connection)}
+    told = {name: {json.dumps(row, default=str) for row in rows} for name, rows in shape(connection, table).items()}
+    parameters = {"t": oid_of(connection, table)}
     more = {
         "settings": "SELECT attname, attcompression::text, attoptions::text FROM pg_attribute"
         " WHERE attrelid = %(t)s::oid AND attnum > 0 AND NOT attisdropped",
@@ -84,6 +95,12 @@ def complete(connection: psycopg.Connection[Any]) -> dict[str, Any]:
         "policies": "SELECT polname, pg_get_expr(polqual, polrelid) FROM pg_policy WHERE polrelid = %(t)s::oid",
         "index comments": "SELECT c.relname, obj_description(c.oid, 'pg_class') FROM pg_index i"
         " JOIN pg_class c ON c.oid = i.indexrelid WHERE i.indrelid = %(t)s::oid",
+        "constraint comments": "SELECT conname, obj_description(oid, 'pg_constraint') FROM pg_constraint"
+        " WHERE conrelid = %(t)s::oid",
+        "index properties": "SELECT c.relname, i.indisclustered, i.indisreplident, t.spcname, c.reloptions::text,"
+        " ARRAY(SELECT a.attstattarget FROM pg_attribute a WHERE a.attrelid = c.oid ORDER BY a.attnum)"
+        " FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid LEFT JOIN pg_tablespace t ON t.oid = c.reltablespace"
+        " WHERE i.indrelid = %(t)s::oid",
         "grants": "SELECT relacl::text FROM pg_class WHERE oid = %(t)s::oid",
     }
     for name, query in more.items():
@@ -118,7 +135,8 @@ def test_everything_is_carried(dsn: str, connection: psycopg.Connection[Any], re
         told = [f.finding for f in migration.preview(REQUEST).draft.findings if f.title == "dependents"]
         migration.run(REQUEST)
     assert told == [
-        "carried with embedding: index kb norm, index kb_cover, index kb_tenant, CHECK kb_later, CHECK kb_unit,"
+        "carried with embedding: index kb norm, index kb_cover, index kb_tenant, CHECK kb_asserted, CHECK kb_later,"
+        " CHECK kb_unit,"
         f" statistics target 77, STORAGE EXTENDED, COMPRESSION pglz, n_distinct=-0.5, SELECT for {reader}, UPDATE for {reader}"
     ]
     tenants = "SELECT id FROM kb WHERE tenant = 1 AND embedding IS NOT NULL"
@@ -130,7 +148,7 @@ def test_everything_is_carried(dsn: str, connection: psycopg.Connection[Any], re
         migration.rollback(without_follower=True)
     assert '"kb_tenant"' in used(connection, tenants), used(connection, tenants)
     now = complete(connection)
-    for name in ("index comments", "constraints"):
+    for name in ("index comments", "constraint comments", "index properties", "constraints"):
         assert before[name] - now[name] <= {row for row in before[name] if "not_null" in row}, name
     with steering(dsn) as migration:
         migration.cutover(without_follower=True)
@@ -147,11 +165,68 @@ def test_everything_is_carried(dsn: str, connection: psycopg.Connection[Any], re
     assert "'edited'" not in "".join(map(str, after.values()))
 
 
+def test_everything_of_a_partitioned_table_is_carried(
+    dsn: str, connection: psycopg.Connection[Any], reader: str
+) -> None:
+    """The table and each of its partitions are the same at the end, as sets."""
+    partitioned(connection, "list", 60)
+    for statement in (
+        "CREATE INDEX docs_tenant ON docs (tenant) WHERE embedding IS NOT NULL",
+        "CREATE INDEX docs_norm ON docs ((vector_norm(embedding)), note DESC)",
+        "COMMENT ON INDEX docs_tenant IS 'by tenant'",
+        "COMMENT ON INDEX docs_embedding_idx IS 'for search'",
+        "ALTER TABLE docs ADD CONSTRAINT docs_unit CHECK (vector_norm(embedding) > 0.9)",
+        "COMMENT ON CONSTRAINT docs_unit ON docs IS 'unit vectors'",
+        "COMMENT ON CONSTRAINT docs_embedding_not_null ON docs IS 'always there'",
+        "COMMENT ON COLUMN docs.embedding IS 'of the content'",
+        "ALTER TABLE docs ALTER embedding SET STATISTICS 77",
+        "ALTER TABLE docs ALTER embedding SET STORAGE EXTENDED",
+        f"GRANT SELECT (id, embedding) ON docs TO {reader}",
+    ):
+        connection.execute(statement)
+    before = {name: complete(connection, name) for name in relations(connection)}
+    with steering(dsn, "docs") as migration:
+        migration.run(REQUEST)
+        migration.cutover(without_follower=True)
+        migration.rollback(without_follower=True)
+        migration.cutover(without_follower=True)
+        migration.finalize()
+    assert_no_leftovers(connection, "docs")
+    for name, was in before.items():
+        after, wanted = complete(connection, name), widened(was)
+        assert {n: after[n] ^ wanted[n] for n in wanted if after[n] != wanted[n]} == {}, name
+
+
+OF_ONE_PARTITION = {
+    "GRANT SELECT (embedding) ON docs_p0 TO {reader}": "SELECT for {reader} of partition docs_p0",
+    "ALTER TABLE docs_p0 ALTER embedding SET STATISTICS 78": "statistics target 78 of partition docs_p0",
+    "ALTER TABLE docs_p0 ALTER embedding SET STORAGE MAIN": "STORAGE MAIN of partition docs_p0",
+    "ALTER TABLE docs_p0 ALTER embedding SET (n_distinct = -0.5)": "n_distinct=-0.5 of partition docs_p0",
+    "COMMENT ON COLUMN docs_p0.embedding IS 'old years'": "comment of column embedding of partition docs_p0",
+    "COMMENT ON INDEX docs_p0_embedding_idx IS 'part'": "comment of index docs_p0_embedding_idx of partition docs_p0",
+    "COMMENT ON CONSTRAINT docs_embedding_not_null ON docs_p0 IS 'x'": (
+        "comment of constraint docs_embedding_not_null of partition docs_p0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("statement", OF_ONE_PARTITION)
+def test_what_one_partition_has_set_is_refused_by_name(
+    dsn: str, connection: psycopg.Connection[Any], reader: str, statement: str
+) -> None:
+    partitioned(connection, "list", 12)
+    connection.execute("ALTER TABLE docs ALTER embedding SET STATISTICS 77")
+    connection.execute(statement.format(reader=reader))
+    with steering(dsn, "docs") as migration:
+        (found,) = migration.preview(REQUEST).draft.blockers
+    assert found.finding == OF_ONE_PARTITION[statement].format(reader=reader)
+    assert found.remedy == "unset it in docs_p0, and set it there again after finalize"
+
+
 def assert_no_leftovers_but(connection: psycopg.Connection[Any]) -> None:
     """`kb_later` was NOT VALID before, and is so still."""
     assert one(connection, "SELECT NOT convalidated FROM pg_constraint WHERE conname = 'kb_later'")
     connection.execute("ALTER TABLE kb VALIDATE CONSTRAINT kb_later")
-    assert_no_leftovers(connection)
+    assert_no_leftovers(connection, keep=["kb_asserted"])
     connection.execute("ALTER TABLE kb DROP CONSTRAINT kb_later")
     connection.execute("ALTER TABLE kb ADD CONSTRAINT kb_later CHECK (vector_norm(embedding) < 9) NOT VALID")
 

@@ -51,6 +51,8 @@ def run(work: Work, *, back: bool = False) -> Outcome:
         *check_renames(plan, work.table, outgoing, incoming),
         *_move_comment(work, outgoing),
         *_move_index_comments(work, outgoing, incoming),
+        *_move_check_comments(work, outgoing),
+        *_move_cluster_mark(work, outgoing, incoming),
     ]
     name = "rollback" if back else "cutover"
     pause = work.pause(
@@ -137,6 +139,28 @@ def _move_index_comments(work: Work, outgoing: Generation, incoming: Generation)
     return [
         block("phases/cutover", "comment_index", index=sql.Identifier(work.schema, name), comment=comment)
         for name, comment in told
+    ]
+
+
+def _move_check_comments(work: Work, outgoing: Generation) -> list[sql.Composable]:
+    """The comment of a CHECK stays with its name."""
+    plan = work.plan
+    after = dict(zip(plan.check_names_of(outgoing, live=True), plan.check_names_of(outgoing, live=False), strict=True))
+    rows = work.control.rows(block("phases/cutover", "check_comments"), table=plan.table_oid, names=list(after))
+    return [
+        block("phases/cutover", "comment_check", table=work.table, check=sql.Identifier(name), comment=comment)
+        for row in rows
+        for name, comment in ((row.name, sql.Literal(row.comment)), (after[row.name], sql.SQL("NULL")))
+    ]
+
+
+def _move_cluster_mark(work: Work, outgoing: Generation, incoming: Generation) -> list[sql.Composable]:
+    """CLUSTER without a name goes on ordering the table by the index of the same name."""
+    plan = work.plan
+    names = [n for n in plan.index_names_of(outgoing, live=True) if n in plan.index_names_of(incoming, live=True)]
+    return [
+        block("phases/cutover", "cluster_on", table=work.table, index=sql.Identifier(row.name))
+        for row in work.control.rows(block("phases/cutover", "clustered"), table=plan.table_oid, names=names)
     ]
 
 

@@ -53,3 +53,25 @@ SELECT c.relname AS name, obj_description(c.oid, 'pg_class') AS comment
 -- The index's comment goes with the name.
 -- lock: SHARE UPDATE EXCLUSIVE on the index
 COMMENT ON INDEX {index} IS {comment};
+
+-- name: check_comments
+-- The comments of these CHECKs.
+-- lock: none
+SELECT conname AS name, obj_description(oid, 'pg_constraint') AS comment FROM pg_constraint
+ WHERE conrelid = %(table)s::oid AND conname = ANY (%(names)s) AND obj_description(oid, 'pg_constraint') IS NOT NULL;
+
+-- name: comment_check
+-- The CHECK's comment goes with the name.
+-- lock: SHARE UPDATE EXCLUSIVE
+COMMENT ON CONSTRAINT {check} ON {table} IS {comment};
+
+-- name: clustered
+-- Which of these indexes CLUSTER orders the table by.
+-- lock: none
+SELECT c.relname AS name FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+ WHERE i.indrelid = %(table)s::oid AND c.relname = ANY (%(names)s) AND i.indisclustered;
+
+-- name: cluster_on
+-- The mark goes with the name; nothing is ordered now.
+-- lock: SHARE UPDATE EXCLUSIVE
+ALTER TABLE {table} CLUSTER ON {index};

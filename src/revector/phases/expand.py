@@ -37,6 +37,7 @@ def statements(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
         block(
             "phases/expand", "add_check", table=table, name=sql.Identifier(name),
             condition=raw(check.on(candidate.as_string(None))),
+            held=raw("NOT VALID" if check.enforced else "NOT ENFORCED"),
         )
         for name, check in zip(plan.check_names_of(plan.new, live=False), plan.carried.checks, strict=True)
     ]  # fmt: skip

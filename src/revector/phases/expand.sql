@@ -6,4 +6,4 @@ ALTER TABLE {table} ADD COLUMN {candidate} {type};
 -- name: add_check
 -- The live column's CHECK holds for the candidate's vectors too, from the first one on.
 -- lock: ACCESS EXCLUSIVE
-ALTER TABLE {table} ADD CONSTRAINT {name} CHECK ({condition}) NOT VALID;
+ALTER TABLE {table} ADD CONSTRAINT {name} CHECK ({condition}) {held};

@@ -81,6 +81,7 @@ def statements(plan: Plan, table: sql.Composable, server_version: int) -> list[s
     add = "not_null_named" if server_version >= 180000 else "not_null_check"
     back = [
         block("phases/finalize", add, table=table, name=name, column=column),
+        *_not_null_comment(plan, table),
         block("phases/finalize", "validate", table=table, name=name),
     ]
     doomed = (plan.new.pending_index, plan.old.pending_index)
@@ -120,6 +121,7 @@ def _close(
                     column=sql.Identifier(column),
                 )
             )
+            statements += _not_null_comment(plan, table)
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             work.pause(f"{command}.close", statements, stages=[stage], closing=command, views=views)
@@ -132,6 +134,13 @@ def _close(
             if plan.not_null:
                 _refuse_without_vector(work, keep, command)
             work.catch_up([keep.number])
+
+
+def _not_null_comment(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
+    if plan.not_null_comment is None:
+        return []
+    name, comment = sql.Identifier(_constraint(plan)), sql.Literal(plan.not_null_comment)
+    return [block("phases/finalize", "comment_not_null", table=table, name=name, comment=comment)]
 
 
 def _strict(work: Work, column: str) -> list[sql.Composable]:

@@ -13,6 +13,11 @@ ALTER TABLE {table} ADD CONSTRAINT {name} NOT NULL {column} NOT VALID;
 -- lock: ACCESS EXCLUSIVE
 ALTER TABLE {table} ADD CONSTRAINT {name} CHECK ({column} IS NOT NULL) NOT VALID;
 
+-- name: comment_not_null
+-- Its comment comes back with it.
+-- lock: SHARE UPDATE EXCLUSIVE
+COMMENT ON CONSTRAINT {name} ON {table} IS {comment};
+
 -- name: validate
 -- The rows that were there before are checked, while reads and writes go on.
 -- lock: SHARE UPDATE EXCLUSIVE, for a scan

@@ -39,12 +39,16 @@ def run(work: Work) -> Outcome:
                 "method": target.method,
                 **_everywhere(work, target.name, f"_{number}", plan.new, partial(_vector_statement, plan, target)),
             }
+            for statement in _statistics(work.schema, target.name, target):
+                work.control.execute(statement)
             built.append(target.describe())
     names = plan.index_names_of(plan.new, live=False)[len(plan.indexes) :]
     for name, suffix, twin in zip(names, plan.twin_suffixes(plan.new), plan.carried.twins, strict=True):
         with work.step("index.build") as told:
             make = partial(_twin_statement, plan, twin)
             told |= {"index": name, "as": twin.live_name, **_everywhere(work, name, suffix, plan.new, make)}
+            for statement in _statistics(work.schema, name, twin):
+                work.control.execute(statement)
             built.append(f"{twin.live_name} again")
     _validate_checks(work)
     with work.step("index.pending") as told:
@@ -74,6 +78,11 @@ def statements(plan: Plan, table: sql.Composable, parts: Sequence[Part] = ()) ->
         ),
         *((g.pending_index, "_pending", g, partial(_pending_statement, plan, g)) for g in (plan.new, plan.old)),
     ]
+    twins = plan.index_names_of(plan.new, live=False)[len(plan.indexes) :]
+    kept: dict[str, TargetIndex | Twin] = {
+        **{target.name: target for target in plan.indexes},
+        **dict(zip(twins, plan.carried.twins, strict=True)),
+    }
     told: list[sql.Composable] = []
     for name, suffix, generation, make in indexes:
         told.append(make(table, name, root=plan.partitioned))
@@ -83,7 +92,18 @@ def statements(plan: Plan, table: sql.Composable, parts: Sequence[Part] = ()) ->
             names[part.oid] = sql.Identifier(part.schema, own)
             told.append(make(part.identifier, own, root=part.kind == "p"))
             told.append(block("phases/index", "attach", index=names[part.parent], part=names[part.oid]))
+        told += _statistics(plan.schema, name, kept.get(name))
     return [*told, block("phases/index", "analyze", table=table)]
+
+
+def _statistics(schema: str, name: str, like: TargetIndex | Twin | None) -> list[sql.Composable]:
+    return [
+        block(
+            "phases/index", "statistics",
+            index=sql.Identifier(schema, name), number=sql.Literal(number), target=sql.Literal(target),
+        )
+        for number, target in (like.statistics if like else ())
+    ]  # fmt: skip
 
 
 def _vector_statement(
@@ -98,6 +118,7 @@ def _vector_statement(
         key=raw(target.key(sql.Identifier(plan.new.column).as_string(None))),
         opclass=raw(target.opclass),
         parameters=with_clause(target.parameters),
+        placed=raw(target.placed),
         predicate=sql.SQL(" WHERE {}").format(raw(target.predicate)) if target.predicate else sql.SQL(""),
     )
 

@@ -1,12 +1,12 @@
 -- name: vector_index
 -- A vector index on the candidate; writes go on meanwhile.
 -- lock: SHARE UPDATE EXCLUSIVE, for long
-CREATE INDEX CONCURRENTLY {name} ON {table} USING {method} ({key} {opclass}){parameters}{predicate};
+CREATE INDEX CONCURRENTLY {name} ON {table} USING {method} ({key} {opclass}){parameters}{placed}{predicate};
 
 -- name: vector_root
 -- The same on a partitioned table alone: its parts are built one by one, and one of a later partition by the server.
 -- lock: ACCESS EXCLUSIVE on the partitioned table alone, which holds no row
-CREATE INDEX {name} ON ONLY {table} USING {method} ({key} {opclass}){parameters}{predicate};
+CREATE INDEX {name} ON ONLY {table} USING {method} ({key} {opclass}){parameters}{placed}{predicate};
 
 -- name: twin_index
 -- A secondary index that involves the vector column, on the candidate.
@@ -37,6 +37,11 @@ CREATE INDEX {name} ON ONLY {table} ((1)) WHERE {column} IS NULL{has_text};
 -- A partition's index becomes part of the table's.
 -- lock: ACCESS EXCLUSIVE on the partition, for a moment
 ALTER INDEX {index} ATTACH PARTITION {part};
+
+-- name: statistics
+-- What ANALYZE is to gather about an expression of the index.
+-- lock: SHARE UPDATE EXCLUSIVE on the index
+ALTER INDEX {index} ALTER COLUMN {number} SET STATISTICS {target};
 
 -- name: analyze
 -- The planner learns the new column.
