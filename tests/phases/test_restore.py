@@ -31,7 +31,7 @@ from fix_tables import (
 )
 from revector import Embedder, Migration, Request
 from revector.embed.hashing import Hashing
-from revector.errors import Interrupted, ModelUnavailable, Refused
+from revector.errors import GateFailed, Interrupted, ModelUnavailable, Refused
 from revector.work import Effect, Note, Observation, Progress, Recorded
 
 WITH_BACKUP = Request(from_=OLD, to=NEW, backup=True)
@@ -145,6 +145,27 @@ def test_the_copy_is_as_fast_as_the_operator_allows(dsn: str, connection: psycop
     with steering(dsn) as migration:
         migration.restore()
     assert_exact(connection, "kb", "content", BEFORE, at_least=120)
+
+
+def test_a_backup_of_stale_vectors_says_how_to_go_on(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """What was stale when the backup was made is so in it: verify fails however often it is tried, and says what helps."""
+    knowledge_base(connection, 120)
+    connection.execute("UPDATE kb SET content = content || ' (edited, its vector not renewed)' WHERE id % 10 = 0")
+    advance(dsn, "VERIFIED", WITH_BACKUP)
+    with steering(dsn) as migration:
+        migration.cutover(without_follower=True, refresh_old=True)
+        migration.finalize()
+        with pytest.raises(GateFailed, match="reproduced") as caught:
+            migration.restore()
+        assert "stale" in caught.value.why
+        assert caught.value.hint.splitlines() == [
+            "revector abort kb",
+            f"then embed all rows with it: revector run kb --to {OLD}",
+        ]
+        migration.abort()
+        migration.run(Request(to=OLD))
+        migration.cutover(without_follower=True)
+    assert_exact(connection, "kb", "content", {"embedding": OLD}, at_least=120)
 
 
 @pytest.mark.parametrize("key", ["composite", "text", "uuid"])
