@@ -844,7 +844,8 @@ def _filter_findings(facts: Facts, plan: Plan) -> list[Finding]:
                 )
             ]
         return [Finding("filter", f"{told}; the others have no vector, and get none")]
-    found = [Finding("filter", f"{told}; the others keep their vector, in both generations")]
+    kept = f"the others keep their vector, in both generations ({counts.outside_vectors:,} are copied)"
+    found = [Finding("filter", f"{told}; {kept}")]
     both = [name for name, inside, outside in facts.index_sides if inside and outside]
     if both:
         found.append(
@@ -1094,6 +1095,10 @@ def estimate(plan: Plan, facts: Facts) -> Estimate:
     per_page = max(1.0, 8168 / max(tuple_bytes, 1))
     added = vector if tuple_bytes + vector < 2032 else 20
     rate = facts.measured.rate
+    heap = rows * (_toasted(vector) if added < vector else vector)
+    if plan.copies_outside:  # as wide as the old model's, for want of a better guess
+        copy = width * plan.old.model.dimension + 8
+        heap += facts.counts.outside_vectors * (_toasted(copy) if tuple_bytes + copy >= 2032 else copy)
     return Estimate(
         rows=rows,
         tokens=round(rows * facts.measured.tokens),
@@ -1102,7 +1107,7 @@ def estimate(plan: Plan, facts: Facts) -> Estimate:
         index_seconds=facts.measured.index_seconds * scale,
         verify_seconds=min(rows, 200) / rate if rate else 0.0,
         bytes_before=facts.table.total_bytes,
-        bytes_added=rows * (_toasted(vector) if added < vector else vector) + index,
+        bytes_added=heap + index,
         hot_share=hot_share(tuple_bytes, added, per_page),
     )
 

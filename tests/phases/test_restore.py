@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import psycopg
@@ -21,15 +23,16 @@ from fix_tables import (
     halting,
     knowledge_base,
     one,
+    settings,
     shape,
     stage_of,
     steering,
     vector,
 )
-from revector import Embedder, Request
+from revector import Embedder, Migration, Request
 from revector.embed.hashing import Hashing
-from revector.errors import ModelUnavailable, Refused
-from revector.work import Effect, Observation, Progress, Recorded
+from revector.errors import GateFailed, Interrupted, ModelUnavailable, Refused
+from revector.work import Effect, Note, Observation, Progress, Recorded
 
 WITH_BACKUP = Request(from_=OLD, to=NEW, backup=True)
 BEFORE, AFTER = {"embedding": NEW, "embedding_g3": OLD}, {"embedding": OLD, "embedding_g2": NEW}
@@ -111,6 +114,58 @@ def test_a_changed_text_never_takes_the_backups_vector(dsn: str, connection: psy
     fill(dsn, connection)
     assert one(connection, "SELECT figures ->> 'rows' FROM revector.events WHERE step = 'restore.copy'") == "132"
     assert_exact(connection, "kb", "content", {"embedding_g3": OLD}, at_least=200)
+
+
+def test_the_copy_is_as_fast_as_the_operator_allows(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A pause holds it, a stop during the pause is obeyed, and a limit of rows per second counts for it."""
+    finalized(dsn, connection)
+    with pytest.raises(Halt), steering(dsn, observe=halting("restore.windows")) as migration:
+        migration.restore()
+    connection.execute("""UPDATE revector.migrations SET limits = '{"paused": true}' WHERE closing IS NULL""")
+    copied, stop = "SELECT count(embedding_g3) FROM kb", threading.Event()
+
+    def observe(seen: Observation) -> None:
+        if isinstance(seen, Note) and "paused" in seen.text:
+            stop.set()
+
+    with (
+        pytest.raises(Interrupted),
+        Migration.open(settings(dsn), table="kb", observe=observe, stop=stop.is_set) as migration,
+    ):
+        migration.restore()
+    assert stop.is_set() and one(connection, copied) == 0
+    connection.execute(
+        """UPDATE revector.migrations SET limits = '{"max_rows_per_second": 80}' WHERE closing IS NULL"""
+    )
+    began = time.monotonic()
+    with pytest.raises(Halt), steering(dsn, observe=halting("restore.copy")) as migration:
+        migration.restore()
+    assert one(connection, copied) == 120
+    assert time.monotonic() - began > 1.0
+    with steering(dsn) as migration:
+        migration.restore()
+    assert_exact(connection, "kb", "content", BEFORE, at_least=120)
+
+
+def test_a_backup_of_stale_vectors_says_how_to_go_on(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """What was stale when the backup was made is so in it: verify fails however often it is tried, and says what helps."""
+    knowledge_base(connection, 120)
+    connection.execute("UPDATE kb SET content = content || ' (edited, its vector not renewed)' WHERE id % 10 = 0")
+    advance(dsn, "VERIFIED", WITH_BACKUP)
+    with steering(dsn) as migration:
+        migration.cutover(without_follower=True, refresh_old=True)
+        migration.finalize()
+        with pytest.raises(GateFailed, match="reproduced") as caught:
+            migration.restore()
+        assert "stale" in caught.value.why
+        assert caught.value.hint.splitlines() == [
+            "revector abort kb",
+            f"then embed all rows with it: revector run kb --to {OLD}",
+        ]
+        migration.abort()
+        migration.run(Request(to=OLD))
+        migration.cutover(without_follower=True)
+    assert_exact(connection, "kb", "content", {"embedding": OLD}, at_least=120)
 
 
 @pytest.mark.parametrize("key", ["composite", "text", "uuid"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
@@ -50,6 +50,8 @@ class Shape:
     new: str = "hash:32"
     rows: int = ROWS
     not_null: bool = True
+    #: Whether the column declares its dimension.
+    dimension: bool = True
     #: Server version from which the shape exists.
     since: int = 150000
 
@@ -74,6 +76,14 @@ SHAPES = {
     ),
     "halfvec": Shape(
         type="halfvec", indexes=("CREATE INDEX kb_embedding_idx ON kb USING hnsw (embedding halfvec_cosine_ops)",)
+    ),
+    "no dimension": Shape(
+        dimension=False,
+        indexes=("CREATE INDEX kb_embedding_idx ON kb USING hnsw ((embedding::vector(16)) vector_cosine_ops)",),
+    ),
+    "halfvec without a dimension": Shape(
+        type="halfvec", dimension=False,
+        indexes=("CREATE INDEX kb_embedding_idx ON kb USING hnsw ((embedding::halfvec(16)) halfvec_cosine_ops)",),
     ),
     "several indexes": Shape(
         indexes=(
@@ -106,11 +116,11 @@ def _look_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(connection: psycopg.Connection[Any], made: Shape) -> None:
-    dimension = made.old.partition(":")[2]
+    dimension = f"({made.old.partition(':')[2]})" if made.dimension else ""
     strict = " NOT NULL" if made.not_null else ""
     connection.execute(
         f"CREATE TABLE kb (n int NOT NULL, title text, content text,"
-        f" embedding {made.type}({dimension}){strict}{made.more})"
+        f" embedding {made.type}{dimension}{strict}{made.more})"
     )
     for n in range(made.rows):
         given = vector(made.old, made.compute(f"title {n}", body(n)))
@@ -121,10 +131,19 @@ def make(connection: psycopg.Connection[Any], made: Shape) -> None:
         connection.execute(index)
 
 
+@dataclass
+class Application:
+    """What one at work is told where its column takes both models' vectors: there a wrong one is no error."""
+
+    model: str
+    #: Held while it writes; who holds it has stopped the writers of the bare name.
+    writing: threading.Lock = field(default_factory=threading.Lock)
+
+
 @contextmanager
-def edited(dsn: str, made: Shape) -> Iterator[None]:
+def edited(dsn: str, made: Shape) -> Iterator[Application]:
     """An application that inserts, edits and deletes with the vector of whichever model answers."""
-    stop, errors = threading.Event(), []
+    stop, errors, told = threading.Event(), [], Application(made.old)
 
     def work() -> None:
         choose, turn = random.Random(3), 0
@@ -133,32 +152,33 @@ def edited(dsn: str, made: Shape) -> Iterator[None]:
                 turn += 1
                 number, title, content = choose.randrange(max(made.rows, 1)), f"title at {turn}", f"edit {turn} of it"
                 kind = choose.randrange(5)
-                for model in (made.old, made.new):
-                    given = vector(model, made.compute(title, content))
-                    try:
-                        if kind == 0 and made.rows > 1:
-                            connection.execute(
-                                "INSERT INTO kb (n, title, content, embedding) VALUES (%s, %s, %s, %s)",
-                                (1000 + turn, title, content, given),
-                            )
-                        elif kind == 1:
-                            connection.execute("DELETE FROM kb WHERE n BETWEEN 1000 AND %s", (1000 + turn - 30,))
-                        else:
-                            connection.execute(
-                                "UPDATE kb SET title = %s, content = %s, embedding = %s WHERE n = %s",
-                                (title, content, given, number),
-                            )
-                        break
-                    except psycopg.errors.DataException:
-                        continue  # the other model answers now
-                    except psycopg.Error as error:
-                        errors.append(f"{type(error).__name__}: {error}")
-                        break
+                with told.writing:
+                    for model in (made.old, made.new) if made.dimension else (told.model,):
+                        given = vector(model, made.compute(title, content))
+                        try:
+                            if kind == 0 and made.rows != 1:
+                                connection.execute(
+                                    "INSERT INTO kb (n, title, content, embedding) VALUES (%s, %s, %s, %s)",
+                                    (1000 + turn, title, content, given),
+                                )
+                            elif kind == 1:
+                                connection.execute("DELETE FROM kb WHERE n BETWEEN 1000 AND %s", (1000 + turn - 30,))
+                            else:
+                                connection.execute(
+                                    "UPDATE kb SET title = %s, content = %s, embedding = %s WHERE n = %s",
+                                    (title, content, given, number),
+                                )
+                            break
+                        except psycopg.errors.DataException:
+                            continue  # the other model answers now
+                        except psycopg.Error as error:
+                            errors.append(f"{type(error).__name__}: {error}")
+                            break
 
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        yield
+        yield told
     finally:
         stop.set()
         thread.join()
@@ -170,8 +190,9 @@ def uses(connection: psycopg.Connection[Any], made: Shape, model: str) -> None:
     connection.execute("SET enable_seqscan = off")
     for index, metric in made.searched if made.rows and (made.indexes or model == made.new) else ():
         operator, _, condition = metric.partition(" ")
+        cast = "" if made.dimension else f"::{made.type}({model.partition(':')[2]})"
         plan = connection.execute(
-            f"EXPLAIN SELECT n FROM kb {condition} ORDER BY embedding {OPERATORS[operator]}"
+            f"EXPLAIN SELECT n FROM kb {condition} ORDER BY embedding{cast} {OPERATORS[operator]}"
             f" '{vector(model, 'anything')}' LIMIT 3"
         ).fetchall()
         assert index in "\n".join(line for (line,) in plan), (index, plan)
@@ -182,7 +203,8 @@ def present(told: dict[str, list[Any]], old: str, new: str) -> dict[str, list[An
     """The shape with the new model's dimension in place of the old one's; the column's place is told, not kept."""
     was, now = (f"({model.partition(':')[2]})" for model in (old, new))
     columns = [tuple(x.replace(was, now) if isinstance(x, str) else x for x in column) for column in told["columns"]]
-    return {**told, "columns": sorted(columns, key=str)}
+    indexes = [(definition.replace(was, now), valid) for definition, valid in told["indexes"]]
+    return {**told, "columns": sorted(columns, key=str), "indexes": sorted(indexes)}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -200,15 +222,16 @@ def test_a_shape_goes_the_whole_road(dsn: str, connection: psycopg.Connection[An
         fill(dsn, connection)
         assert_exact(connection, "kb", made.text, columns, at_least=at_least)
 
-    with edited(dsn, made):
+    with edited(dsn, made) as application:
         with steering(dsn) as migration:
             assert migration.preview(request).draft.blockers == ()
             migration.run(request)
             assert migration.status().next == "revector cutover kb"
         with following(dsn, connection):
             for command in ("cutover", "rollback", "cutover"):
-                with steering(dsn) as migration:
+                with steering(dsn) as migration, nullcontext() if made.dimension else application.writing:
                     getattr(migration, command)()
+                    application.model = made.new if command == "cutover" else made.old
     exact(embedding=made.new, embedding_g1=made.old)
     uses(connection, made, made.new)
     with steering(dsn) as migration:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,15 +25,16 @@ from fix_tables import (
     one,
     settings,
     steering,
+    until,
     vector,
 )
-from revector import Request
+from revector import Migration, Request
 from revector.db import Database
-from revector.errors import Refused, UsageError
+from revector.errors import Interrupted, Refused, UsageError
 from revector.follow import Follower
 from revector.plan import Consents
 from revector.search import Searcher
-from revector.work import Effect, Observation, Recorded
+from revector.work import Effect, Note, Observation, Progress, Recorded
 
 OLD, NEW, OTHER = "hash:16", "hash:32", "hash:8"
 INSIDE = Request(from_=OLD, to=NEW, where="tenant = 'a'")
@@ -253,6 +255,64 @@ def test_killed_while_rows_outside_are_copied(
     with steering(dsn) as migration:
         migration.run()
     check(connection, {"embedding": OLD, "embedding_g2": NEW})
+
+
+def nearly_all_outside(connection: psycopg.Connection[Any], rows: int = 1600) -> None:
+    """Eight rows a page, one of a hundred inside, and an index on the others."""
+    connection.execute("CREATE TABLE kb (id int PRIMARY KEY, tenant text, content text, embedding vector, filler text)")
+    with connection.cursor().copy("COPY kb FROM STDIN") as copy:
+        for n in range(rows):
+            mine = n % 100 == 0
+            copy.write_row((n, "ab"[not mine], body(n), vector(OLD if mine else OTHER, body(n)), "x" * 800))
+    connection.execute("CREATE INDEX kb_b ON kb USING hnsw ((embedding::vector(8)) vector_l2_ops) WHERE tenant = 'b'")
+    connection.execute("VACUUM ANALYZE kb")
+
+
+def test_rows_outside_are_copied_in_heap_order(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Their copying is nearly all the writing in a shared table: it is HOT, it shows, and the plan counts it."""
+    nearly_all_outside(connection)
+    seen: list[Observation] = []
+    with steering(dsn, observe=seen.append) as migration:
+        preview = migration.preview(INSIDE)
+        assert preview.estimate.bytes_added > 1584 * 4 * 16
+        migration.run(INSIDE)
+    assert [o for o in seen if isinstance(o, Progress) and o.phase == "rows outside" and o.done == o.total]
+    check(connection, {"embedding": OLD, "embedding_g2": NEW})
+
+    def share() -> float:
+        connection.execute("SELECT pg_stat_clear_snapshot()")
+        return float(one(connection, "SELECT n_tup_hot_upd::float8 / greatest(n_tup_upd, 1) FROM pg_stat_user_tables"
+                                     " WHERE relname = 'kb' AND n_tup_upd >= 1600 UNION ALL SELECT 0"))  # fmt: skip
+
+    until(lambda: share() > 0.6)
+
+
+def test_rows_outside_are_copied_as_fast_as_the_operator_allows(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A pause holds the copying, a stop during it is obeyed, and a limit of rows per second counts for it."""
+    shared(connection, rows=120)
+    copied = "SELECT count(embedding_g2) FROM kb WHERE tenant = 'b'"
+    stop, notes = threading.Event(), []
+    with pytest.raises(Halt), steering(dsn, observe=halting("backfill.sweep")) as migration:
+        migration.run(INSIDE)
+    connection.execute("""UPDATE revector.migrations SET limits = '{"paused": true}'""")
+
+    def observe(seen: Observation) -> None:
+        if isinstance(seen, Note) and "paused" in seen.text:
+            notes.append(seen.text)
+            assert one(connection, copied) == 0
+            stop.set()
+
+    with pytest.raises(Interrupted), Migration.open(
+        settings(dsn), table="kb", observe=observe, stop=stop.is_set
+    ) as migration:  # fmt: skip
+        migration.run()
+    assert notes
+    connection.execute("""UPDATE revector.migrations SET limits = '{"max_rows_per_second": 40}'""")
+    began = time.monotonic()
+    with steering(dsn, observe=halting("backfill.outside")) as migration, pytest.raises(Halt):
+        migration.run()
+    assert one(connection, copied) == 60
+    assert time.monotonic() - began > 1.0
 
 
 def test_rows_move_in_and_out_under_writers_and_switches(dsn: str, connection: psycopg.Connection[Any]) -> None:

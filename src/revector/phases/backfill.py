@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -384,17 +384,19 @@ class _Sweep:
         The throttle is asked before each, and says how many rows it may have. When we are asked to stop while it holds us
         back, what is in hand is given up: it stays NULL, which is the queue.
         """
-        for place in np.unique(window.rows.places[have]).tolist():
-            blocks = np.sort(window.rows.blocks[have][window.rows.places[have] == place])
-            first, lo = 0, window.lo
-            while first < len(blocks):
-                if not self.work.throttle.hold(self._asked_to_stop, self._tell):
-                    window.complete = False
-                    return
-                end = first + (self.work.throttle.most() or len(blocks))
-                hi = window.hi if end >= len(blocks) else int(blocks[end])
-                yield place, lo, hi
-                first, lo = end, hi
+        rows = window.rows
+
+        def may_go() -> bool:
+            if self.work.throttle.hold(self._asked_to_stop, self._tell):
+                return True
+            window.complete = False
+            return False
+
+        places = (
+            (place, np.sort(rows.blocks[have][rows.places[have] == place]).tolist())
+            for place in np.unique(rows.places[have]).tolist()
+        )
+        return _passes(self.work, places, window.lo, window.hi, may_go)
 
     def _tell(self, reason: str) -> None:
         """The progress line says why nothing moves."""
@@ -444,6 +446,24 @@ class _Sweep:
         if share < 0.5 * self.expected[leaf.oid]:
             return min(max(2 * gap, 0.02), _LONGEST_GAP)
         return gap / 2 if gap > 0.02 else 0.0
+
+
+def _passes(
+    work: Work, places: Iterable[tuple[int, Sequence[int]]], lo: int, hi: int, may_go: Callable[[], bool]
+) -> Iterator[tuple[int, int, int]]:
+    """Line-pointer offset by offset the ranges of blocks to write at once: as many rows as the throttle allows by then.
+
+    `places`: each offset with the blocks that have something to write at it.
+    """
+    for place, blocks in places:
+        first, at = 0, lo
+        while first < len(blocks):
+            if not may_go():
+                return
+            end = first + (work.throttle.most() or len(blocks))
+            until = hi if end >= len(blocks) else blocks[end]
+            yield place, at, until
+            first, at = end, until
 
 
 def encode(
@@ -1018,38 +1038,78 @@ def _place(tid: str) -> tuple[int, int]:
     return int(number), int(place)
 
 
-def copy_outside(work: Work) -> int:
+class _Copier:
+    """Copies vectors that the server has already: staged window by window, written one line-pointer offset at a time."""
+
+    def __init__(self, work: Work, session: Session, *, paced: bool) -> None:
+        self.work, self.session, self.paced = work, session, paced
+
+    def window(
+        self, leaf: Leaf, lo: int, hi: int, stage: str, parts: Mapping[str, sql.Composable],
+        statement: Callable[[_Entered], sql.Composable],
+    ) -> int:  # fmt: skip
+        """Stage a window's rows with one statement, write them with the other; returns the rows written."""
+        ends, written = {"lo": f"({lo},0)", "hi": f"({hi},0)"}, 0
+        self.session.execute(block("phases/backfill", "clear"))
+        with suppress(Detached):
+            self.session.execute(block("phases/backfill", "joins"), by_key="on", by_range="off")
+            _rows_of(self.work, self.session, leaf, stage, parts, **ends)
+            self.session.execute(block("phases/backfill", "joins"), by_key="off", by_range="on")
+            places = [(row.place, row.blocks) for row in self.session.rows(block("phases/backfill", "staged_places"))]
+            for place, first, end in _passes(self.work, places, lo, hi, self._may_go):
+                with entered(self.work, self.session, leaf) as at:
+                    count = at.write(statement(at), place=place, lo=f"({first},0)", hi=f"({end},0)")
+                self.work.throttle.wrote(count)
+                written += count
+        return written
+
+    def _may_go(self) -> bool:
+        """Wait until the next write may begin. Raises `Interrupted` when asked to stop: the window is met again."""
+        if self.paced:
+            self.work.throttle.hold(self.work.stop, self._tell)
+        self.work.check_stop()
+        return True
+
+    def _tell(self, reason: str) -> None:
+        if reason == PAUSED:
+            self.work.note(f"paused; it goes on after: revector resume {self.work.plan.argument}")
+        elif reason:
+            self.work.note(f"held back by {reason}")
+
+
+@contextmanager
+def _copier(work: Work, *, paced: bool) -> Iterator[_Copier]:
+    """A copier and its session; a paced one asks the throttle before each write."""
+    with writer(work) as session:
+        if not paced:
+            yield _Copier(work, session, paced=False)
+            return
+        looking = watch(work)
+        looking.pids.add(session.pid)
+        with looking.watching():
+            yield _Copier(work, session, paced=True)
+
+
+def copy_outside(work: Work, *, paced: bool = True) -> int:
     """Give each row outside the filter its one vector in the candidate too; returns the rows written.
 
     A row that somebody has locked is left: the trigger copies what its owner writes, and the next call meets the rest.
     """
+    inside, step = raw(work.plan.inside), _WINDOW_BLOCKS[1]
+    windows = [(leaf, lo) for leaf in work.leaves() for lo in range(0, _blocks(work.control, leaf), step)]
+
+    def statement(at: _Entered) -> sql.Composable:
+        old, new = at.columns[work.plan.old.number], at.columns[work.plan.new.number]
+        return block("phases/backfill", "copy_outside", table=at.table, old=old, new=new, inside=inside)
+
     written = 0
-    parts = {"live": sql.Identifier(work.column(work.plan.old) or ""), "inside": raw(work.plan.inside)}
-    windows = [(leaf, lo) for leaf in work.leaves() for lo in range(0, _blocks(work.control, leaf), _WINDOW_BLOCKS[1])]
-    with writer(work, enable_tidscan="on") as session:
-        for leaf, lo in windows:
+    with _copier(work, paced=paced) as copier:
+        for done, (leaf, lo) in enumerate(windows, 1):
             work.check_stop()
-            ends = {"lo": f"({lo},0)", "hi": f"({lo + _WINDOW_BLOCKS[1]},0)"}
-            try:
-                rows = _rows_of(
-                    work, work.control, leaf, "read_outside", {**_parts(work, work.plan.new), **parts}, **ends
-                )
-            except Detached:
-                continue
-            places: dict[int, list[str]] = {}
-            for row in rows:
-                places.setdefault(_place(row.tid)[1], []).append(row.tid)
-            for place in sorted(places):
-                with suppress(Detached), entered(work, session, leaf) as at:
-                    statement = block(
-                        "phases/backfill",
-                        "copy_outside",
-                        table=at.table,
-                        old=at.columns[work.plan.old.number],
-                        new=at.columns[work.plan.new.number],
-                        inside=raw(work.plan.inside),
-                    )
-                    written += at.write(statement, tids=places[place])
+            live = sql.Identifier(work.column(work.plan.old) or "")
+            parts = {**_parts(work, work.plan.new), "live": live, "inside": inside}
+            written += copier.window(leaf, lo, lo + step, "stage_outside", parts, statement)
+            work.observe(Progress("rows outside", done, len(windows), "windows"))
     return written
 
 
@@ -1084,13 +1144,18 @@ def restore(work: Work) -> Outcome:
     same = sql.SQL(" AND ").join(sql.SQL("b.{0} = t.{0}").format(name) for name in keys)
     parts = {"backup": backup, "vector": sql.Identifier(source.column), "same_key": same}
     copied, holder = 0, f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    # The backup has an index by its key: without these a window might read all of it.
-    with writer(work, enable_hashjoin="off", enable_mergejoin="off") as session:
+    text = raw(plan.text_sql)
+
+    def statement(to: _Entered) -> sql.Composable:
+        return block("phases/backfill", "write_place", column=to.columns[plan.new.number], table=to.table, text=text)
+
+    with _copier(work, paced=True) as copier:
         while taken := work.ledger.lease(_FROM_BACKUP, holder):
             work.check_stop()
             relation, lo, hi = taken
             at = next((leaf for leaf in work.leaves() if leaf.oid == relation), None)
-            written = 0 if at is None else _copy_window(work, session, at, lo, hi, parts)
+            every = {**_parts(work, plan.new), **parts}
+            written = 0 if at is None else copier.window(at, lo, hi, "stage_backup", every, statement)
             copied += written
             work.observe(Effect("restore.window"))
             work.ledger.window_done(_FROM_BACKUP, relation, lo, written, 0)
@@ -1106,31 +1171,13 @@ def _listed(names: Sequence[sql.Composable]) -> sql.Composable:
     return sql.SQL(", ").join(names)
 
 
-def _copy_window(work: Work, session: Session, leaf: Leaf, lo: int, hi: int, parts: dict[str, sql.Composable]) -> int:
-    """Stage what the backup has for a window, and write it one line-pointer offset at a time; returns the rows."""
-    ends = {"lo": f"({lo},0)", "hi": f"({hi},0)"}
-    session.execute(block("phases/backfill", "clear"))
-    try:
-        _rows_of(work, session, leaf, "stage_backup", {**_parts(work, work.plan.new, session), **parts}, **ends)
-    except Detached:
-        return 0
-    written = 0
-    for row in session.rows(block("phases/backfill", "staged_places")):
-        with suppress(Detached), entered(work, session, leaf) as at:
-            column = at.columns[work.plan.new.number]
-            text = raw(work.plan.text_sql)
-            statement = block("phases/backfill", "write_place", column=column, table=at.table, text=text)
-            written += at.write(statement, place=row.place, **ends)
-    return written
-
-
 def catch_up(work: Work, numbers: Sequence[int], *, paced: bool = False, spared: int | None = None) -> dict[int, int]:
     """Fill what is pending in these generations, with no lock held; returns what is left, as `Filler.drain` does.
 
     A failing model is raised once all else is written; that of generation `spared` is only told.
     """
     if work.plan.copies_outside:
-        copy_outside(work)
+        copy_outside(work, paced=paced)
     with Filler(work, numbers, enduring=spared is not None, paced=paced) as filler:
         left = filler.drain()
         for number, trouble in filler.troubles.items():

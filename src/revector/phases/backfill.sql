@@ -179,20 +179,23 @@ WITH locked AS MATERIALIZED (
      FOR NO KEY UPDATE OF t SKIP LOCKED)
 UPDATE ONLY {table} AS t SET {column} = l.a FROM locked l WHERE t.ctid = l.tid;
 
--- name: read_outside
--- Rows of a range of blocks outside the filter whose one vector the candidate does not have yet.
+-- name: stage_outside
+-- Stage a window's rows outside the filter whose one vector the candidate does not have yet.
 -- lock: ACCESS SHARE
-SELECT t.ctid::text AS tid FROM ONLY {table} AS t
+INSERT INTO pg_temp.staged (tid, hash, place)
+SELECT t.ctid, 0, (t.ctid::text::point)[1]::int FROM ONLY {table} AS t
  WHERE t.ctid >= %(lo)s::tid AND t.ctid < %(hi)s::tid AND t.{column} IS NULL AND t.{live} IS NOT NULL AND ({inside}) IS NOT TRUE;
 
 -- name: copy_outside
--- Copy the one vector of rows outside the filter; read again under the row's lock, so that no newer one is overwritten.
+-- Copy the one vector of the staged rows at one line-pointer offset; read again under the row's lock, so that no newer one is overwritten.
 -- lock: ROW EXCLUSIVE
 WITH locked AS MATERIALIZED (
-  SELECT t.ctid AS tid FROM ONLY {table} AS t
-   WHERE t.ctid = ANY (%(tids)s::tid[]) AND t.{new} IS NULL AND t.{old} IS NOT NULL AND ({inside}) IS NOT TRUE
+  SELECT t.ctid AS tid FROM pg_temp.staged s JOIN ONLY {table} AS t ON t.ctid = s.tid
+   WHERE s.place = %(place)s AND t.ctid >= %(lo)s::tid AND t.ctid < %(hi)s::tid
+     AND t.{new} IS NULL AND t.{old} IS NOT NULL AND ({inside}) IS NOT TRUE
      FOR NO KEY UPDATE OF t SKIP LOCKED)
-UPDATE ONLY {table} AS t SET {new} = t.{old} FROM locked l WHERE t.ctid = l.tid;
+UPDATE ONLY {table} AS t SET {new} = t.{old} FROM locked l
+ WHERE t.ctid = l.tid AND t.ctid >= %(lo)s::tid AND t.ctid < %(hi)s::tid;
 
 -- name: backup_key
 -- Each window looks its rows up in the backup by their key.
@@ -207,7 +210,13 @@ SELECT t.ctid, hashtextextended(({text})::text COLLATE "C", 0), (t.ctid::text::p
   FROM ONLY {table} AS t JOIN {backup} AS b ON {same_key} AND b.text_checksum = md5(({text})::text)
  WHERE t.ctid >= %(lo)s::tid AND t.ctid < %(hi)s::tid AND t.{column} IS NULL AND ({text}) IS NOT NULL AND b.{vector} IS NOT NULL;
 
--- name: staged_places
--- The line-pointer offsets that have something staged.
+-- name: joins
+-- How the session joins: staging looks rows up by a key, and writing scans a range of blocks, for only such a scan prunes pages.
 -- lock: none
-SELECT DISTINCT place FROM pg_temp.staged ORDER BY place;
+SELECT set_config('enable_nestloop', %(by_key)s, false) AS nestloop, set_config('enable_hashjoin', %(by_range)s, false) AS hashjoin,
+       set_config('enable_mergejoin', %(by_range)s, false) AS mergejoin;
+
+-- name: staged_places
+-- The line-pointer offsets that have something staged, and in which blocks.
+-- lock: none
+SELECT place, array_agg((tid::text::point)[0]::bigint ORDER BY tid) AS blocks FROM pg_temp.staged GROUP BY place ORDER BY place;

@@ -56,11 +56,11 @@ def run(work: Work) -> Outcome:
     failed = [c for c in checks if not c.passed]
     if failed:
         work.ledger.record("verify", {"failed": [c.name for c in failed], **figures})
-        raise GateFailed(
-            "verify: " + "; ".join(f"{c.name}: {c.figure}" for c in failed),
-            why=f"Nothing changed; {work.plan.old.model.model} still answers.",
-            hint=f"revector run {work.plan.argument}",
-        )
+        why, hint = f"Nothing changed; {work.plan.old.model.model} still answers.", f"revector run {work.plan.argument}"
+        if work.plan.source is not None and any(c.name == "reproduced" for c in failed):
+            why = f"{work.plan.source.name} has vectors that were stale when it was made; the same command fails again. {why}"
+            hint = f"revector abort {work.plan.argument}\nthen embed all rows with it: {hint} --to {work.plan.new.model.model}"
+        raise GateFailed("verify: " + "; ".join(f"{c.name}: {c.figure}" for c in failed), why=why, hint=hint)
     for check in checks:
         work.note(f"{check.name}: {check.figure}")
     with work.step("verify", stage="VERIFIED") as told:
