@@ -393,7 +393,7 @@ class Database:
             clock,
             sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.SQL(", ").join([*views, whole])),
             clock,
-            *(part for statement in statements for part in (_left(budget_ms), statement)),
+            *(part for statement in statements for part in (left_of(budget_ms), statement)),
             clock,
             sql.SQL("COMMIT"),
         ]
@@ -444,7 +444,7 @@ def _in_the_way(session: Session, table: sql.Composable) -> str:
     return "Another transaction held the table: a long statement, an open transaction or VACUUM. Nothing changed."
 
 
-def _left(budget_ms: int) -> sql.Composable:
+def left_of(budget_ms: int) -> sql.Composable:
     """What is left of the budget since the message arrived becomes the limit of the next statement."""
     return sql.SQL(
         "SELECT set_config('statement_timeout', greatest(1, {} - 1000 * extract(epoch FROM clock_timestamp()"

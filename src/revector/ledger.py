@@ -173,8 +173,15 @@ class Vigil:
 
 
 def exists(session: Session) -> bool:
-    """Whether this database has a ledger."""
-    return session.value("SELECT to_regclass('revector.ledger') IS NOT NULL") is True
+    """Whether this database has a ledger. Raises `Refused` where it belongs to a role that this one is no member of."""
+    row = session.row(block("ledger", "present"))
+    if row is not None and not row.readable:
+        raise Refused(
+            f"role {row.role} may not read revector's ledger in this database: it belongs to role {row.owner}",
+            why="All tables of a database share the ledger, schema revector. Nothing was changed.",
+            hint=f"as {row.owner}, or as a superuser: GRANT {row.owner} TO {row.role}",
+        )
+    return row is not None
 
 
 def version(session: Session) -> int | None:

@@ -1,3 +1,9 @@
+-- name: present
+-- The ledger, whose it is, and whether this role may read it; no row where there is none.
+-- lock: none
+SELECT c.relowner::regrole::text AS owner, quote_ident(current_user) AS role, has_table_privilege(c.oid, 'SELECT') AS readable
+  FROM pg_class c WHERE c.oid = to_regclass('revector.ledger');
+
 -- name: version
 -- The ledger's version.
 -- lock: none

@@ -487,6 +487,8 @@ def rehearsed(done: Rehearsed) -> str:
     head = f"rehearsal: everything went well; the table was held for {done.total_ms:,.0f} ms, and all was rolled back"
     if not done.tried:
         head += "\n  INSERT, UPDATE and SELECT were not tried: no row has a text and a vector"
+    for verb, error in done.failing:
+        head += f"\n  {verb} was not rehearsed: it fails on this table as it is: {error}"
     width = max(len(part) for part, _ in done.parts)
     return "\n".join([head, *(f"  {part:<{width}}  {ms:>7.1f} ms" for part, ms in done.parts)])
 
@@ -494,7 +496,8 @@ def rehearsed(done: Rehearsed) -> str:
 def rehearsed_json(done: Rehearsed) -> dict[str, Any]:
     """The same for programs."""
     parts = [{"part": part, "ms": round(ms, 1)} for part, ms in done.parts]
-    return {"held_ms": round(done.total_ms, 1), "tried": done.tried, "parts": parts}
+    failing = [{"verb": verb, "error": error} for verb, error in done.failing]
+    return {"held_ms": round(done.total_ms, 1), "tried": done.tried, "failing": failing, "parts": parts}
 
 
 def missing(found: Missing) -> str:

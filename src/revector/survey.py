@@ -74,9 +74,8 @@ def survey(
             hint=f"name the whole table: {table.parent}",
         )
     # What the survey itself needs is asked first; the others are in the list of preconditions.
-    if not (table.owned and server.may_use_temp and table.may_index):
-        missing = rights_finding(server, table)
-        raise Refused(missing.finding, why=f"{missing.why} Nothing was changed.", hint=missing.remedy)
+    if not (table.owned and server.may_use_temp and table.may_index) or _hidden(server, table):
+        raise _missing_right(server, table)
     column = table.vector_column(request.vector or _vector_column(table))
     known = exists(session)
     if known:
@@ -177,7 +176,10 @@ def identify(
 
     Raises `UsageError` where no model is named or its dimension is another, `Refused` where the vectors are not its.
     """
-    check_vector(read_server(session))
+    server = read_server(session)
+    check_vector(server)
+    if table.owned and _hidden(server, table):
+        raise _missing_right(server, table)
     column = table.vector_column(vector or _vector_column(table))
     if from_ is None:
         raise _no_from(table, column, [])
@@ -200,6 +202,16 @@ def identify(
             hint="correct --from or --text",
         )
     return identity, said, column
+
+
+def _hidden(server: Server, table: Table) -> bool:
+    """Whether a policy may hide rows from this role: then the first look at the text fails, and says something else."""
+    return table.forces_row_security and not server.bypasses_rls
+
+
+def _missing_right(server: Server, table: Table) -> Refused:
+    missing = rights_finding(server, table)
+    return Refused(missing.finding, why=f"{missing.why} Nothing was changed.", hint=missing.remedy)
 
 
 def _new_model(

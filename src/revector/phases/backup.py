@@ -1,7 +1,8 @@
 """Copy key, text checksum and old vector to a table of their own, before anything is changed.
 
 Lock: ACCESS SHARE. One REPEATABLE READ transaction reads both the copy's rows and the checksum they are verified by,
-so writers cannot come between. A crash leaves an incomplete copy that the ledger knows as ours; it is made anew.
+so writers cannot come between. Nobody but the owner may read the copy. A crash leaves an incomplete copy that the
+ledger knows as ours; it is made anew.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def run(work: Work, *, complete: bool) -> Outcome:
     with work.step("backup.create") as told, work.control.transaction():
         work.control.execute(block("phases/backup", "drop", backup=parts["backup"]))
         work.control.execute(block("phases/backup", "create", **parts))
+        work.control.execute(_protect(parts))
         comment = sql.Literal(
             f"revector: vectors of {plan.old.model.model} before the upgrade to {plan.new.model.model}"
         )
@@ -59,7 +61,7 @@ def run(work: Work, *, complete: bool) -> Outcome:
 def statements(plan: Plan, table: sql.Composable) -> list[sql.Composable]:
     """Everything that backup executes."""
     parts = _parts(plan, table)
-    return [block("phases/backup", "create", **parts), block("phases/backup", "copy", **parts)]
+    return [block("phases/backup", "create", **parts), _protect(parts), block("phases/backup", "copy", **parts)]
 
 
 def drop(work: Work) -> bool:
@@ -72,6 +74,12 @@ def drop(work: Work) -> bool:
         return False
     work.control.execute(block("phases/backup", "drop", backup=sql.Identifier(plan.schema, plan.backup)))
     return True
+
+
+def _protect(parts: dict[str, sql.Composable]) -> sql.Composable:
+    """Close the new copy, in the transaction that makes it: nobody has read it before."""
+    names = {name: sql.Literal(parts[name].as_string(None)) for name in ("backup", "table")}
+    return sql.SQL("DO {}").format(sql.Literal(block("phases/backup", "protect", **names).as_string(None)))
 
 
 def _parts(plan: Plan, table: sql.Composable) -> dict[str, sql.Composable]:

@@ -4,6 +4,22 @@
 CREATE TABLE {backup} AS
 SELECT {key}, md5(({text})::text) AS text_checksum, t.{column} AS {column} FROM {table} AS t WHERE false;
 
+-- name: protect
+-- Only the owner may read the copy, whatever the schema's default privileges give away, and policies of the table hold here too.
+-- lock: ACCESS EXCLUSIVE on the copy
+DECLARE grantee text;
+BEGIN
+  FOR grantee IN
+    SELECT DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END
+      FROM pg_class c, aclexplode(c.relacl) a WHERE c.oid = {backup}::regclass AND a.grantee <> c.relowner
+  LOOP
+    EXECUTE format('REVOKE ALL ON TABLE %s FROM %s CASCADE', {backup}::regclass, grantee);
+  END LOOP;
+  IF (SELECT relrowsecurity FROM pg_class WHERE oid = {table}::regclass) THEN
+    EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', {backup}::regclass);
+  END IF;
+END
+
 -- name: own
 -- The copy says what it is.
 -- lock: none
