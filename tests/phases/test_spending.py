@@ -172,6 +172,26 @@ def test_every_attempt_counts_and_only_what_is_answered_costs(
     assert spent(connection) == (before[0] + charged, before[1] + len(stand.requests) - since)
 
 
+def test_a_request_that_a_server_took_and_never_answered_keeps_its_estimate(
+    dsn: str, connection: psycopg.Connection[Any], stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have done the work before it hung up; one that no server took has cost nothing."""
+    knowledge_base(connection, 5)
+    advance(dsn, "VERIFIED", REQUEST)
+    before, since = spent(connection), len(stand.requests)
+    connection.execute("UPDATE kb SET content = 'new' WHERE id = 1")
+    stand.script = lambda request: None if set(request["input"]) <= set(PROBES) else (0, {}, b"")
+    with pytest.raises(Outage):
+        fill(dsn, connection)
+    assert spent(connection) == (before[0] + tokens(stand, since), before[1] + len(stand.requests) - since)
+    before = spent(connection)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    with pytest.raises(Outage):
+        fill(dsn, connection)
+    assert spent(connection)[0] == before[0]
+    assert spent(connection)[1] > before[1]
+
+
 def test_limits_that_do_not_fit_are_refused(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """A limit that would do nothing is not taken."""
     knowledge_base(connection, 5)
