@@ -232,6 +232,21 @@ def test_a_limit_that_holds_back_can_be_interrupted_and_lifted(dsn: str, connect
     purse.close()
 
 
+def test_an_account_whose_first_request_is_refused_is_asked_again(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """What the refusal rolls back is no account that is there."""
+    knowledge_base(connection, 5)
+    advance(dsn, "EXPANDED", Request(from_="hash:16", to="hash:32"))
+    connection.execute("""UPDATE revector.migrations SET limits = '{"price": 10, "max_cost": 0.0025}'""")
+    purse = Purse(Database(settings(dsn)), one(connection, "SELECT id FROM revector.migrations"), "kb")
+    account = purse.account(2, NEW)
+    for _ in range(2):
+        with pytest.raises(BudgetSpent):
+            account.before(1000)
+    account.before(250)
+    purse.close()
+    assert spent(connection) == (250, 1)
+
+
 def test_a_follower_whose_budget_is_spent_fills_the_other_models_rows(
     dsn: str, connection: psycopg.Connection[Any], stand: Stand
 ) -> None:
