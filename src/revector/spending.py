@@ -132,7 +132,6 @@ class Account:
             with session.transaction():
                 if not self._entered:
                     session.execute(block("spending", "enter"), **self._key)
-                    self._entered = True
                 rows = session.rows(block("spending", "look"), migration=self.purse.migration)
                 own = next(row for row in rows if row.generation == self.generation)
                 limits = Tuning.from_json(own.limits)
@@ -151,6 +150,8 @@ class Account:
                         requests_pause=pause(1, limits.requests_per_minute),
                         **self._key,
                     )
+        # Only now is it committed; a refusal above takes it back.
+        self._entered = True
         if wait > 1:
             self.purse.tell(f"the limit of {limit:,} {what} for {self.model}")
         return wait

@@ -172,6 +172,26 @@ def test_every_attempt_counts_and_only_what_is_answered_costs(
     assert spent(connection) == (before[0] + charged, before[1] + len(stand.requests) - since)
 
 
+def test_a_request_that_a_server_took_and_never_answered_keeps_its_estimate(
+    dsn: str, connection: psycopg.Connection[Any], stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have done the work before it hung up; one that no server took has cost nothing."""
+    knowledge_base(connection, 5)
+    advance(dsn, "VERIFIED", REQUEST)
+    before, since = spent(connection), len(stand.requests)
+    connection.execute("UPDATE kb SET content = 'new' WHERE id = 1")
+    stand.script = lambda request: None if set(request["input"]) <= set(PROBES) else (0, {}, b"")
+    with pytest.raises(Outage):
+        fill(dsn, connection)
+    assert spent(connection) == (before[0] + tokens(stand, since), before[1] + len(stand.requests) - since)
+    before = spent(connection)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    with pytest.raises(Outage):
+        fill(dsn, connection)
+    assert spent(connection)[0] == before[0]
+    assert spent(connection)[1] > before[1]
+
+
 def test_limits_that_do_not_fit_are_refused(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """A limit that would do nothing is not taken."""
     knowledge_base(connection, 5)
@@ -210,6 +230,21 @@ def test_a_limit_that_holds_back_can_be_interrupted_and_lifted(dsn: str, connect
     with pytest.raises(BudgetSpent, match=r"cost 0\.001, and 0\.0025 of 0\.0025 are spent"):
         account.before(100)
     purse.close()
+
+
+def test_an_account_whose_first_request_is_refused_is_asked_again(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """What the refusal rolls back is no account that is there."""
+    knowledge_base(connection, 5)
+    advance(dsn, "EXPANDED", Request(from_="hash:16", to="hash:32"))
+    connection.execute("""UPDATE revector.migrations SET limits = '{"price": 10, "max_cost": 0.0025}'""")
+    purse = Purse(Database(settings(dsn)), one(connection, "SELECT id FROM revector.migrations"), "kb")
+    account = purse.account(2, NEW)
+    for _ in range(2):
+        with pytest.raises(BudgetSpent):
+            account.before(1000)
+    account.before(250)
+    purse.close()
+    assert spent(connection) == (250, 1)
 
 
 def test_a_follower_whose_budget_is_spent_fills_the_other_models_rows(

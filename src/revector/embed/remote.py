@@ -172,10 +172,11 @@ class Remote:
 
     def _translate(self, error: Any) -> RevectorError:
         model = f"openai:{self._name}"
-        if isinstance(error, self._openai.APITimeoutError):
-            return self._outage(f"no answer within {REQUEST_SECONDS:g} s", unanswered=True)
         if isinstance(error, self._openai.APIConnectionError):
-            return self._outage("no connection")
+            unanswered = not _never_sent(error)
+            if isinstance(error, self._openai.APITimeoutError):
+                return self._outage(f"no answer within {REQUEST_SECONDS:g} s", unanswered=unanswered)
+            return self._outage("the connection broke" if unanswered else "no connection", unanswered=unanswered)
         if not isinstance(error, self._openai.APIStatusError):
             return self._no_server(type(error).__name__)
         status, said = error.status_code, self._said(error)
@@ -251,6 +252,14 @@ class _Unanswered(Outage):
         self.unanswered = unanswered
         #: The server's header of that name, "" where there was none.
         self.retry_after = retry_after
+
+
+def _never_sent(error: Any) -> bool:
+    """Whether there was no connection to send the request over; else the server may have done the work.
+
+    By the names of the classes: which HTTP library has them depends on openai's version.
+    """
+    return any(kind.__name__ in ("ConnectError", "ConnectTimeout") for kind in type(error.__cause__).__mro__)
 
 
 def _pause(error: Exception) -> bool | float:

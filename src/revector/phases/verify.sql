@@ -1,8 +1,7 @@
 -- name: totals
--- One pass over the generation: rows, vectors, zero vectors, and vectors without a text.
+-- One pass over the generation: rows, vectors and zero vectors.
 -- lock: ACCESS SHARE
 SELECT count(*) AS rows, count(t.{column}) AS vectors,
-       count(*) FILTER (WHERE t.{column} IS NULL AND ({text}) IS NOT NULL) AS pending,
        count(*) FILTER (WHERE {schema}.{norm}(t.{column}) = 0) AS zero
   FROM {table} AS t WHERE ({inside});
 
