@@ -558,7 +558,9 @@ def test_the_remedy_for_a_silenced_trigger_leaves_nothing_stale(
     for statement in clear.replace("WHERE ...", "WHERE id = 3").strip().rstrip(";").split("; "):
         connection.execute(statement)
     fill(dsn, connection)
-    columns = {"embedding": NEW, "embedding_g1": OLD} if stage == "CUT_OVER" else {"embedding": OLD, "embedding_g2": NEW}
+    columns = (
+        {"embedding": NEW, "embedding_g1": OLD} if stage == "CUT_OVER" else {"embedding": OLD, "embedding_g2": NEW}
+    )
     assert_exact(connection, "kb", "content", columns, at_least=20)
     with steering(dsn) as migration:
         assert not [alert for alert in migration.status().alerts if alert.kind == "trigger"]
