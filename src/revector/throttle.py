@@ -246,7 +246,7 @@ class Standbys:
 
 
 class Watch:
-    """Feeds a `Throttle` from the database in a thread of its own, while somebody writes; idle, it asks for nothing."""
+    """Feeds a `Throttle` from the database in a thread of its own, `always` or while somebody writes."""
 
     def __init__(
         self,
@@ -254,10 +254,13 @@ class Watch:
         throttle: Throttle,
         migration: int | None,
         *,
+        always: bool = False,
         batch_size: Callable[[int], None] = lambda _: None,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.database, self.throttle, self.migration = database, throttle, migration
+        #: Whether to look also while nobody writes: a model may take long for what is to be written next.
+        self._always = always
         self._batch_size, self._note = batch_size, note
         #: The server processes of our writers.
         self.pids: set[int] = set()
@@ -283,7 +286,7 @@ class Watch:
         looked = looked_at_standbys = 0.0
         try:
             while not ended.wait(LOOK_AT_LOCKS if session is not None else 0.05):
-                if not self.throttle.wanted():
+                if not (self._always or self.throttle.wanted()):
                     continue
                 try:
                     if session is None or session.connection.closed:

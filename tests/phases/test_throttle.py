@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from fix_tables import (
     steering,
     until,
 )
-from revector import Migration
+from revector import Migration, Request
 from revector.db import Database
 from revector.embedded import Server, _identity, create_database, embedded_server
 from revector.errors import Interrupted, Refused
+from revector.phases import backfill
 from revector.throttle import BLOCKED, Throttle, Watch
 from revector.work import Note, Observation, Progress
 
@@ -45,11 +47,11 @@ WRITTEN = "SELECT count(embedding_g2) FROM kb"
 class Run:
     """`run` in a thread, and what it says."""
 
-    def __init__(self, dsn: str, **options: Any) -> None:
+    def __init__(self, dsn: str, request: Request = REQUEST, **options: Any) -> None:
         self.notes: list[str] = []
         self.stopped = threading.Event()
         self.error: BaseException | None = None
-        self._dsn, self._options = dsn, options
+        self._dsn, self._request, self._options = dsn, request, options
         self.thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
@@ -61,7 +63,7 @@ class Run:
             with Migration.open(
                 settings(self._dsn), table="kb", observe=observe, stop=self.stopped.is_set
             ) as migration:
-                migration.run(REQUEST, **self._options)
+                migration.run(self._request, **self._options)
         except BaseException as error:
             self.error = error
 
@@ -132,6 +134,34 @@ def test_pause_and_resume_from_another_terminal(dsn: str, connection: psycopg.Co
     assert_exact(connection, "kb", "content", {"embedding": OLD, "embedding_g2": NEW}, at_least=600)
     assert command(dsn, "resume", "kb").exits(0).out.startswith("kb: not paused")
     assert one(connection, "SELECT count(*) FROM revector.events WHERE step IN ('paused', 'resumed')") == 3
+
+
+def test_a_pause_waits_for_one_batch_of_a_slow_model(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a model makes costs money: after a pause it is asked for nothing but what it had begun."""
+    asked: list[int] = []
+    real = backfill.encode
+
+    def slow(work: Any, generation: Any, embedder: Any, texts: list[str], **more: Any) -> Any:
+        asked.append(len(texts))
+        time.sleep(0.6)
+        return real(work, generation, embedder, texts, **more)
+
+    monkeypatch.setattr(backfill, "encode", slow)
+    knowledge_base(connection, 200)
+    with Run(dsn, request=replace(REQUEST, batch_size=10)) as run:
+        until(lambda: len(asked) > 2)
+        with steered(dsn) as other:
+            other.pause()
+        time.sleep(1.2)  # the batch that is at work, and a look at the limits every half second
+        before = len(asked)
+        time.sleep(1.5)
+        assert len(asked) == before and max(asked) == 10
+        run.stopped.set()
+        began = time.monotonic()
+        run.thread.join(20)
+        assert time.monotonic() - began < 2
 
 
 def test_a_paused_run_can_be_stopped_and_a_new_one_waits(dsn: str, connection: psycopg.Connection[Any]) -> None:

@@ -41,7 +41,6 @@ _WINDOW_ROWS: Final = 1000
 _SWEEPS: Final = 3
 #: The number under which the windows of a copy from a backup are kept, beside those of the sweeps.
 _FROM_BACKUP: Final = -1
-_BATCHES_AT_ONCE: Final = 8
 _LONGEST_GAP: Final = 5.0
 #: How long a writer keeps asking for ROW EXCLUSIVE while somebody's DDL holds the table.
 _LOCK_PATIENCE: Final = 120.0
@@ -224,7 +223,7 @@ class _Sweep:
         self.failed: RevectorError | None = None
         #: Leaf OID -> the share of HOT updates that its rows' shape allows.
         self.expected: dict[int, float] = {}
-        self.watch = watch(work)
+        self.watch = watch(work, always=True)
         #: Why nothing moves at present, as it was last told.
         self._told = ""
         self.to_encode: queue.Queue[_Window | None] = queue.Queue(1)
@@ -322,10 +321,11 @@ class _Sweep:
         order = sorted(
             (n for n in first.values() if int(rows.hashes[n]) not in refused), key=lambda n: len(rows.texts[n])
         )
-        size = work.batch_size * _BATCHES_AT_ONCE
+        size = work.batch_size
         complete = True
         for start in range(0, len(order), size):
-            # A pause stops the encoder too: what it makes costs money, and waits in memory.
+            # A pause, or Ctrl-C, waits for one batch at most: a slow model may take long for it. A pause stops the encoder
+            # too: what it makes costs money, and waits in memory.
             if not work.throttle.hold(self._asked_to_stop, self._tell, only_pause=True) or self._asked_to_stop():
                 complete = False
                 break
@@ -478,13 +478,15 @@ def encode(
     return vectors, refusals
 
 
-def watch(work: Work) -> Watch:
-    """What feeds the work's throttle; it also keeps the batch size as `tune` sets it."""
+def watch(work: Work, *, always: bool = False) -> Watch:
+    """What feeds the work's throttle, `always` or only while somebody writes; it also keeps the batch size as `tune` sets it."""
 
     def batch_size(size: int) -> None:
         work.batch_size = size
 
-    return Watch(work.database, work.throttle, work.ledger.migration, batch_size=batch_size, note=work.note)
+    return Watch(
+        work.database, work.throttle, work.ledger.migration, always=always, batch_size=batch_size, note=work.note
+    )
 
 
 @contextmanager

@@ -71,9 +71,10 @@ SELECT pg_stat_get_xact_tuples_hot_updated(%(table)s::oid) AS hot;
 SELECT what FROM (
   SELECT age(backend_xmin) AS age, format('session %s of %s (%s), %s, since %s', pid, usename, nullif(application_name, ''), state, xact_start::timestamp(0)) AS what
     FROM pg_stat_activity WHERE backend_xmin IS NOT NULL AND pid <> pg_backend_pid()
-     AND backend_type = 'client backend' AND application_name NOT LIKE 'revector %'
+     AND (backend_type = 'client backend' AND datname = current_database() OR backend_type = 'walsender')
+     AND application_name NOT LIKE 'revector %'
   UNION ALL SELECT age(xmin), format('replication slot %s', slot_name) FROM pg_replication_slots WHERE xmin IS NOT NULL
-  UNION ALL SELECT age(transaction), format('prepared transaction %s', gid) FROM pg_prepared_xacts) AS holders
+  UNION ALL SELECT age(transaction), format('prepared transaction %s', gid) FROM pg_prepared_xacts WHERE database = current_database()) AS holders
  ORDER BY age DESC LIMIT 1;
 
 -- name: waiting
