@@ -367,7 +367,14 @@ def test_grants_are_those_of_the_table(dsn: str, connection: psycopg.Connection[
         client.execute(sql.SQL("SET ROLE {}").format(reader))
         assert one(client, "SELECT count(*) FROM kb") == 3, "the row policy of the table holds"
     connection.execute(sql.SQL("REVOKE UPDATE, DELETE ON kb FROM {}; GRANT SELECT ON kb TO {}").format(writer, nobody))
+    with on(dsn, G1) as client:
+        client.execute(sql.SQL("SET ROLE {}").format(nobody))
+        assert one(client, "SELECT current_schemas(false)") == ["public"], "it is passed over without a word"
+    assert expose(dsn).summary.endswith(
+        f"{roles['nobody']} may use the table and no view of ours: it gets the bare table (add --refresh)"
+    )
     expose(dsn, refresh=True)
+    assert expose(dsn).summary == "the views are there"
     assert (may("writer"), may("nobody")) == ({"SELECT", "INSERT"}, {"SELECT"})
 
 

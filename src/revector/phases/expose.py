@@ -79,6 +79,7 @@ def run(
     known = ledger.views()
     made: list[str] = []
     stale: list[str] = []
+    shut_out: dict[str, None] = {}
     for side in sides:
         shown = columns(table, side.attnum, column, hidden)
         present = known.get(side.number)
@@ -86,6 +87,7 @@ def run(
         if present is not None and present.view is not None and not (refresh or fresh):
             stale.append(present.schema or side.schema)
         if present is not None and present.view is not None and not refresh:
+            shut_out |= dict.fromkeys(_shut_out(session, table, present))
             continue
         schema = present.schema if present is not None and present.schema else side.schema
         statements = _statements(session, table, side, schema, present, shown, fresh=fresh)
@@ -102,7 +104,20 @@ def run(
     told = f"{', '.join(made)} made {'anew' if refresh and known else 'and granted'}" if made else "the views are there"
     if stale:
         told += f"; {', '.join(stale)}: not as the table is now (add --refresh)"
-    return Outcome(told, {"made": made, "stale": stale})
+    if shut_out:
+        # PostgreSQL passes over a schema without USAGE, silently: such a session gets the bare table.
+        told += f"; {', '.join(shut_out)} may use the table and no view of ours: it gets the bare table (add --refresh)"
+    return Outcome(told, {"made": made, "stale": stale, "shut_out": list(shut_out)})
+
+
+def _shut_out(session: Session, table: Table, present: ExposedView) -> list[str]:
+    """Roles that were given a right on the table since the view was granted."""
+    rights = {row.role for row in session.rows(block("phases/expose", "grants"), table=table.oid)}
+    return sorted(
+        "PUBLIC" if role is None else role
+        for role in rights
+        - {row.role for row in session.rows(block("phases/expose", "granted"), view=present.view_oid)}
+    )
 
 
 def check(session: Session, table: Table, schemas: Sequence[str], known: dict[int, ExposedView], again: str) -> None:
