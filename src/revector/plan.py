@@ -701,6 +701,14 @@ def _table_finding(table: Table) -> Finding:
         return Finding(
             "table", f"{name} is temporary", False, "Other sessions cannot see it.", "name a permanent table"
         )
+    if table.of_type is not None:
+        return Finding(
+            "table",
+            f"{name} is a table of type {table.of_type}",
+            False,
+            "Its columns are the type's: none can be added to it alone.",
+            f"ALTER TABLE {table.identifier.as_string(None)} NOT OF",
+        )
     if table.parent is not None:
         return Finding(
             "table",

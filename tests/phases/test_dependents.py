@@ -253,6 +253,9 @@ REFUSED = {
     "CREATE INDEX kb_bits ON kb USING hnsw ((binary_quantize(embedding)::bit(16)) bit_hamming_ops)": (
         "index public.kb_bits", "for the new dimension"),
     "ALTER TABLE kb ADD CHECK (vector_dims(embedding) = 16)": ("constraint kb_embedding_check", "refuses the new model's"),
+    "CREATE FUNCTION narrow(v vector) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$BEGIN"
+    " IF public.vector_dims(v) <> 16 THEN RAISE 'only 16'; END IF; RETURN true; END$$;"
+    "ALTER TABLE kb ADD CHECK (narrow(embedding))": ("constraint kb_embedding_check", "refuses the new model's"),
     "ALTER TABLE kb ADD CHECK (embedding IS NOT NULL)": ("constraint kb_embedding_check", "refuses NULL"),
     "ALTER TABLE kb ADD CHECK (title = 'draft' OR embedding IS NOT NULL)": ("constraint kb_check", "reads other columns"),
     "ALTER TABLE kb ADD norm float8 GENERATED ALWAYS AS (vector_norm(embedding)) STORED": (
