@@ -593,11 +593,15 @@ def _own_dependents(session: Session, table: Table, column: Column) -> list[Depe
 
 
 def functions_naming(session: Session, table: Table, column: Column) -> tuple[str, ...]:
-    """Functions whose bodies name both table and column: a warning, since PostgreSQL does not know of the tie."""
+    """Functions that read or write the column by name, or all columns: a warning, for only their text tells.
+
+    A trigger's function need not name its table.
+    """
     rows = session.rows(
         block("catalog", "functions_naming"),
         table_name=re.escape(table.name),
         column_name=re.escape(column.name),
+        tables=[table.oid, *(part.oid for part in (table.partitions.parts if table.partitions else ()))],
     )
     return tuple(row.name for row in rows)
 

@@ -162,12 +162,15 @@ SELECT DISTINCT d.classid::regclass::text AS catalog, d.objid::oid AS oid,
  ORDER BY 3;
 
 -- name: functions_naming
--- Functions whose body names both the table and the column: PostgreSQL does not know of that tie.
+-- Functions whose body names the table and the column (or `*`), or, of a trigger of the table, the column alone.
 -- lock: none
 SELECT p.oid::regprocedure::text AS name
   FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace JOIN pg_language l ON l.oid = p.prolang
  WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'revector') AND l.lanname NOT IN ('internal', 'c')
-   AND p.prosrc ~ ('\m' || %(table_name)s || '\M') AND p.prosrc ~ ('\m' || %(column_name)s || '\M')
+   AND (p.prosrc ~ ('\m' || %(table_name)s || '\M')
+             AND (p.prosrc ~ ('\m' || %(column_name)s || '\M') OR p.prosrc ~ '[^/(]\*[^/)]')
+        OR p.prosrc ~ ('\m' || %(column_name)s || '\M')
+             AND p.oid IN (SELECT tgfoid FROM pg_trigger WHERE tgrelid = ANY (%(tables)s::oid[]) AND NOT tgisinternal))
  ORDER BY 1;
 
 -- name: star_statements

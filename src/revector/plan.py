@@ -1031,9 +1031,9 @@ def _dependent_findings(facts: Facts) -> list[Finding]:
         found.append(
             Finding(
                 "functions",
-                f"{', '.join(facts.functions[:5])} name(s) table and column",
+                f"{', '.join(facts.functions[:5])} name(s) {facts.column.name}, or every column of {facts.table.name}",
                 None,
-                "After cutover they read the new model's vectors.",
+                "After cutover they see the new model's vectors under that name, and until finalize one column more.",
                 "check what they do",
             )
         )

@@ -376,3 +376,28 @@ def test_two_migrations_one_after_the_other(dsn: str, connection: psycopg.Connec
 )
 def test_what_a_predicate_asks_for(predicate: str, wanted: set[str]) -> None:
     assert conditions(predicate) == wanted
+
+
+@pytest.mark.parametrize(
+    ("statement", "warned"),
+    [
+        ("CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.embedding := NEW.embedding; RETURN NEW; END';"
+         "CREATE TRIGGER a BEFORE INSERT ON kb FOR EACH ROW EXECUTE FUNCTION f()", True),
+        ("CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.embedding := NULL; RETURN NEW; END'", False),
+        ("CREATE FUNCTION f() RETURNS SETOF kb LANGUAGE sql AS 'SELECT * FROM kb'", True),
+        ("CREATE FUNCTION f() RETURNS SETOF kb LANGUAGE sql AS 'SELECT k.* FROM kb AS k'", True),
+        ("CREATE FUNCTION f() RETURNS bigint LANGUAGE sql AS 'SELECT count(*) /* of all */ FROM kb'", False),
+        ("CREATE FUNCTION f() RETURNS bigint LANGUAGE sql AS 'SELECT count(embedding) FROM kb'", True),
+    ],
+)  # fmt: skip
+def test_functions_that_only_their_text_ties_to_the_column(
+    dsn: str, connection: psycopg.Connection[Any], statement: str, warned: bool
+) -> None:
+    knowledge_base(connection, 10)
+    connection.execute(statement)
+    with steering(dsn) as migration:
+        drafted = migration.preview(REQUEST).draft
+    assert not drafted.blockers
+    assert [
+        f.finding.startswith("public.f() name(s) embedding") for f in drafted.findings if f.title == "functions"
+    ] == ([True] if warned else [])
