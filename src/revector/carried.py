@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from psycopg import errors as pg
+import psycopg
 from psycopg import sql
 
 from revector.catalog import Column, Dependent, Index, Table
@@ -191,8 +191,12 @@ def _accepts(session: Session, expression: str, column: Column, new: Identity, o
     )
     values = [None, *("[" + ",".join(map(str, probe)) + "]" for probe in new.probes)]
     try:
-        return all(session.value(statement, vector=value) for value in values)
-    except pg.DataError:
+        # What a function of the user's says no with is up to the user: any error of the statement means no.
+        with session.transaction():
+            return all(session.value(statement, vector=value) for value in values)
+    except psycopg.OperationalError:
+        raise
+    except psycopg.Error:
         return False
 
 

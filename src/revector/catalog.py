@@ -60,6 +60,8 @@ class Column:
     not_null_name: str | None
     comment: str | None
     not_null_comment: str | None = None
+    #: The vector type that its type is a domain over; None: it is of no such domain.
+    domain_over: str | None = None
 
     @property
     def is_vector(self) -> bool:
@@ -207,6 +209,8 @@ class Table:
     partitions: Partitions | None = None
     #: The partitioned table that it is a partition of.
     parent: str | None = None
+    #: The type that its columns come from (`CREATE TABLE ... OF`).
+    of_type: str | None = None
 
     def column(self, name: str) -> Column:
         """The column of that name; `UsageError` names near ones."""
@@ -223,6 +227,16 @@ class Table:
     def vector_column(self, name: str) -> Column:
         """The vector column of that name."""
         column = self.column(name)
+        if column.domain_over is not None:
+            plain = sql.SQL("ALTER TABLE {} ALTER COLUMN {} TYPE {}").format(
+                self.identifier, sql.Identifier(name), raw(column.domain_over)
+            )
+            raise Refused(
+                f"{self.name}.{name} is of {column.type}, a domain over {column.domain_over}",
+                why="Its conditions are the domain's: they cannot be relaxed while a vector is pending, nor take another"
+                " dimension. Nothing was changed.",
+                hint=f"give the column the type itself: {plain.as_string(None)}",
+            )
         if not column.is_vector:
             vectors = [c.name for c in self.columns if c.is_vector]
             raise UsageError(
@@ -579,11 +593,15 @@ def _own_dependents(session: Session, table: Table, column: Column) -> list[Depe
 
 
 def functions_naming(session: Session, table: Table, column: Column) -> tuple[str, ...]:
-    """Functions whose bodies name both table and column: a warning, since PostgreSQL does not know of the tie."""
+    """Functions that read or write the column by name, or all columns: a warning, for only their text tells.
+
+    A trigger's function need not name its table.
+    """
     rows = session.rows(
         block("catalog", "functions_naming"),
         table_name=re.escape(table.name),
         column_name=re.escape(column.name),
+        tables=[table.oid, *(part.oid for part in (table.partitions.parts if table.partitions else ()))],
     )
     return tuple(row.name for row in rows)
 

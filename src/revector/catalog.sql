@@ -53,6 +53,7 @@ SELECT c.oid, n.nspname AS schema, c.relname AS name, c.relkind::text AS kind, c
        c.relrowsecurity AS row_security, c.relforcerowsecurity AS forces_row_security,
        has_schema_privilege(c.relnamespace, 'CREATE') AS may_index,
        pg_has_role(current_user, c.relowner, 'USAGE') AS owned, c.relowner::regrole::text AS owner,
+       CASE WHEN c.reloftype <> 0 THEN c.reloftype::regtype::text END AS of_type,
        EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid) AS has_children,
        EXISTS (SELECT FROM pg_inherits WHERE inhrelid = c.oid) AS is_child
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -68,7 +69,13 @@ SELECT a.attnum AS number, a.attname AS name, format_type(a.atttypid, a.atttypmo
          WHERE k.conrelid = a.attrelid AND k.contype = 'n' AND k.conkey = ARRAY[a.attnum] LIMIT 1) AS not_null_name,
        (SELECT obj_description(k.oid, 'pg_constraint') FROM pg_constraint k
          WHERE k.conrelid = a.attrelid AND k.contype = 'n' AND k.conkey = ARRAY[a.attnum] LIMIT 1) AS not_null_comment,
-       col_description(a.attrelid, a.attnum) AS comment
+       col_description(a.attrelid, a.attnum) AS comment,
+       CASE WHEN t.typtype = 'd' THEN (
+         WITH RECURSIVE base AS (
+           SELECT t.typbasetype AS oid, t.typtypmod AS typmod
+           UNION ALL SELECT y.typbasetype, y.typtypmod FROM base b JOIN pg_type y ON y.oid = b.oid AND y.typtype = 'd')
+         SELECT format_type(b.oid, b.typmod) FROM base b JOIN pg_type y ON y.oid = b.oid
+          WHERE y.typname IN ('vector', 'halfvec')) END AS domain_over
   FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
  WHERE a.attrelid = %(table)s::oid AND a.attnum > 0 AND NOT a.attisdropped
  ORDER BY a.attnum;
@@ -155,12 +162,15 @@ SELECT DISTINCT d.classid::regclass::text AS catalog, d.objid::oid AS oid,
  ORDER BY 3;
 
 -- name: functions_naming
--- Functions whose body names both the table and the column: PostgreSQL does not know of that tie.
+-- Functions whose body names the table and the column (or `*`), or, of a trigger of the table, the column alone.
 -- lock: none
 SELECT p.oid::regprocedure::text AS name
   FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace JOIN pg_language l ON l.oid = p.prolang
  WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'revector') AND l.lanname NOT IN ('internal', 'c')
-   AND p.prosrc ~ ('\m' || %(table_name)s || '\M') AND p.prosrc ~ ('\m' || %(column_name)s || '\M')
+   AND (p.prosrc ~ ('\m' || %(table_name)s || '\M')
+             AND (p.prosrc ~ ('\m' || %(column_name)s || '\M') OR p.prosrc ~ '[^/(]\*[^/)]')
+        OR p.prosrc ~ ('\m' || %(column_name)s || '\M')
+             AND p.oid IN (SELECT tgfoid FROM pg_trigger WHERE tgrelid = ANY (%(tables)s::oid[]) AND NOT tgisinternal))
  ORDER BY 1;
 
 -- name: star_statements

@@ -701,6 +701,14 @@ def _table_finding(table: Table) -> Finding:
         return Finding(
             "table", f"{name} is temporary", False, "Other sessions cannot see it.", "name a permanent table"
         )
+    if table.of_type is not None:
+        return Finding(
+            "table",
+            f"{name} is a table of type {table.of_type}",
+            False,
+            "Its columns are the type's: none can be added to it alone.",
+            f"ALTER TABLE {table.identifier.as_string(None)} NOT OF",
+        )
     if table.parent is not None:
         return Finding(
             "table",
@@ -1024,9 +1032,9 @@ def _dependent_findings(facts: Facts) -> list[Finding]:
         found.append(
             Finding(
                 "functions",
-                f"{', '.join(facts.functions[:5])} name(s) table and column",
+                f"{', '.join(facts.functions[:5])} name(s) {facts.column.name}, or every column of {facts.table.name}",
                 None,
-                "After cutover they read the new model's vectors.",
+                "After cutover they see the new model's vectors under that name, and until finalize one column more.",
                 "check what they do",
             )
         )

@@ -277,7 +277,7 @@ def check_vector(server: Server) -> None:
 
 
 def _vector_column(table: Table) -> str:
-    vectors = [c.name for c in table.columns if c.is_vector]
+    vectors = [c.name for c in table.columns if c.is_vector or c.domain_over]
     if "embedding" in vectors:
         return "embedding"
     if len(vectors) == 1:

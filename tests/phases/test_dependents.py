@@ -253,6 +253,9 @@ REFUSED = {
     "CREATE INDEX kb_bits ON kb USING hnsw ((binary_quantize(embedding)::bit(16)) bit_hamming_ops)": (
         "index public.kb_bits", "for the new dimension"),
     "ALTER TABLE kb ADD CHECK (vector_dims(embedding) = 16)": ("constraint kb_embedding_check", "refuses the new model's"),
+    "CREATE FUNCTION narrow(v vector) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$BEGIN"
+    " IF public.vector_dims(v) <> 16 THEN RAISE 'only 16'; END IF; RETURN true; END$$;"
+    "ALTER TABLE kb ADD CHECK (narrow(embedding))": ("constraint kb_embedding_check", "refuses the new model's"),
     "ALTER TABLE kb ADD CHECK (embedding IS NOT NULL)": ("constraint kb_embedding_check", "refuses NULL"),
     "ALTER TABLE kb ADD CHECK (title = 'draft' OR embedding IS NOT NULL)": ("constraint kb_check", "reads other columns"),
     "ALTER TABLE kb ADD norm float8 GENERATED ALWAYS AS (vector_norm(embedding)) STORED": (
@@ -373,3 +376,28 @@ def test_two_migrations_one_after_the_other(dsn: str, connection: psycopg.Connec
 )
 def test_what_a_predicate_asks_for(predicate: str, wanted: set[str]) -> None:
     assert conditions(predicate) == wanted
+
+
+@pytest.mark.parametrize(
+    ("statement", "warned"),
+    [
+        ("CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.embedding := NEW.embedding; RETURN NEW; END';"
+         "CREATE TRIGGER a BEFORE INSERT ON kb FOR EACH ROW EXECUTE FUNCTION f()", True),
+        ("CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN NEW.embedding := NULL; RETURN NEW; END'", False),
+        ("CREATE FUNCTION f() RETURNS SETOF kb LANGUAGE sql AS 'SELECT * FROM kb'", True),
+        ("CREATE FUNCTION f() RETURNS SETOF kb LANGUAGE sql AS 'SELECT k.* FROM kb AS k'", True),
+        ("CREATE FUNCTION f() RETURNS bigint LANGUAGE sql AS 'SELECT count(*) /* of all */ FROM kb'", False),
+        ("CREATE FUNCTION f() RETURNS bigint LANGUAGE sql AS 'SELECT count(embedding) FROM kb'", True),
+    ],
+)  # fmt: skip
+def test_functions_that_only_their_text_ties_to_the_column(
+    dsn: str, connection: psycopg.Connection[Any], statement: str, warned: bool
+) -> None:
+    knowledge_base(connection, 10)
+    connection.execute(statement)
+    with steering(dsn) as migration:
+        drafted = migration.preview(REQUEST).draft
+    assert not drafted.blockers
+    assert [
+        f.finding.startswith("public.f() name(s) embedding") for f in drafted.findings if f.title == "functions"
+    ] == ([True] if warned else [])

@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from fix_tables import (
+    REQUEST,
     advance,
     assert_exact,
     assert_no_leftovers,
@@ -295,3 +296,27 @@ def test_two_vector_columns_one_after_the_other(dsn: str, connection: psycopg.Co
     assert stage_of(connection)[0] == "ABORTED"
     assert one(connection, "SELECT count(*) FROM revector.generations WHERE live") == 2
     assert_no_leftovers(connection)
+
+
+def test_a_typed_table_is_refused(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """No column can be added to it; after the statement that the plan names it is as any other."""
+    connection.execute("CREATE TYPE kind AS (id int, content text, embedding vector(16))")
+    connection.execute("CREATE TABLE kb OF kind (PRIMARY KEY (id))")
+    with steering(dsn) as migration:
+        (found,) = migration.preview(REQUEST).draft.blockers
+        assert "kb is a table of type public.kind" in found.finding
+        connection.execute(found.remedy)
+        migration.run(REQUEST)
+
+
+@pytest.mark.parametrize(
+    "domain", ["CREATE DOMAIN v AS vector(16)", "CREATE DOMAIN w AS vector(16); CREATE DOMAIN v AS w"]
+)
+def test_a_domain_over_vector_is_refused(dsn: str, connection: psycopg.Connection[Any], domain: str) -> None:
+    connection.execute(domain)
+    connection.execute("CREATE TABLE kb (id int PRIMARY KEY, content text, embedding v)")
+    with steering(dsn) as migration:
+        with pytest.raises(Refused, match=r"a domain over public\.vector\(16\)") as caught:
+            migration.preview(REQUEST)
+        connection.execute(caught.value.hint.partition(": ")[2])
+        migration.run(REQUEST)
