@@ -16,7 +16,7 @@ from psycopg import sql
 
 from revector import trigger
 from revector.db import PENDING, block, raw
-from revector.errors import Busy, GateFailed
+from revector.errors import Busy, GateFailed, Refused
 from revector.partitions import below, index_parts
 from revector.plan import Generation, Plan, cut_name, own_name
 from revector.work import Outcome, Work
@@ -126,8 +126,17 @@ def _close(
             return
         except psycopg.Error as error:
             # Writers who give no vectors keep rows pending; between two of them there is a moment without any.
-            if error.sqlstate != PENDING or attempt == _ATTEMPTS:
+            if error.sqlstate != PENDING:
                 raise
+            if attempt == _ATTEMPTS:
+                model = keep.model.model
+                raise Refused(
+                    f"{plan.table}: {_ATTEMPTS} attempts found rows without a vector of {model} each time",
+                    why="Somebody writes texts without their vectors as fast as they are filled, or has such a row locked."
+                    " With the trigger gone those rows would keep none. Nothing was changed.",
+                    hint=f"stop those writers for a moment, or let them give the vectors of {model}; then:"
+                    f" revector {command} {plan.argument}",
+                ) from error
             work.check_stop()
             if plan.not_null:
                 _refuse_without_vector(work, keep, command)
