@@ -34,7 +34,7 @@ from revector.embed.hashing import Hashing
 from revector.errors import InputRefused, Refused
 from revector.phases import finalize
 from revector.search import Searcher
-from revector.work import Note, Work
+from revector.work import Note, Recorded, Work
 
 BEFORE = {"embedding": OLD, "embedding_g2": NEW}
 AFTER = {"embedding_g1": OLD, "embedding": NEW}
@@ -284,6 +284,24 @@ def test_last_read_is_told(dsn: str, connection: psycopg.Connection[Any]) -> Non
 
 
 # -- what finalize drops, and what it waits for -----------------------------------------------------------------------
+
+
+def test_old_vector_index_goes_before_the_lock(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """The user's vector index is dropped CONCURRENTLY, as ours are; one that reads other columns goes with the column."""
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER")
+    connection.execute("CREATE INDEX other ON kb (note) WHERE embedding_g1 IS NOT NULL")
+    left: list[list[str]] = []
+
+    def look(seen: Any) -> None:
+        if isinstance(seen, Recorded) and seen.step == "finalize.drop_indexes":
+            found = connection.execute("SELECT indexname FROM pg_indexes WHERE tablename = 'kb' ORDER BY 1").fetchall()
+            left.append([name for (name,) in found])
+
+    with steering(dsn, observe=look) as migration:
+        migration.finalize()
+    assert left == [["kb_embedding_idx", "kb_pkey", "other"]]
+    assert_no_leftovers(connection)
 
 
 @pytest.mark.parametrize("not_null", [True, False])

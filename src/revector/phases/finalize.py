@@ -15,6 +15,7 @@ import psycopg
 from psycopg import sql
 
 from revector import trigger
+from revector.catalog import read_table
 from revector.db import PENDING, block, raw
 from revector.errors import Busy, GateFailed, Refused
 from revector.partitions import below, index_parts
@@ -62,6 +63,8 @@ def run(
         else:
             for name in doomed:
                 work.drop_index(name)
+            for name in _replaced(work, drop):
+                work.drop_index(name, theirs=True)
     column = work.column(drop)
     if column is not None:
         statements = [block("phases/finalize", "drop_column", table=work.table, column=sql.Identifier(column))]
@@ -262,6 +265,19 @@ def _hand_over_names(
                 work.control.execute(
                     block("phases/finalize", "rename_index", index=this.identifier, name=sql.Identifier(name))
                 )
+
+
+def _replaced(work: Work, drop: Generation) -> list[str]:
+    """The user's vector indexes that the plan replaced, as far as they are of the departing column and nothing else.
+
+    They would go with the column; so they go as ours do, and the last short lock has nothing but a column to drop.
+    """
+    column = work.column(drop)
+    if column is None:
+        return []
+    table, names = read_table(work.control, work.plan.table_oid), _vector_indexes(work.plan, drop)
+    departing = table.column(column)
+    return [index.name for index in table.indexes if index.name in names and index.covers_only(departing)]
 
 
 def _vector_indexes(plan: Plan, generation: Generation) -> list[str]:
