@@ -515,6 +515,25 @@ def dependents(session: Session, table: Table, column: Column, carried: frozense
     return tuple(found)
 
 
+def holding(session: Session, table: Table, column: Column) -> tuple[Dependent, ...]:
+    """What DROP COLUMN would fail over; our view of that column's generation aside, which goes first."""
+    tables = [table.oid, *(part.oid for part in (table.partitions.parts if table.partitions else ()))]
+    ours = own_views(session, table.oid, column.number)
+    kinds = {
+        "pg_attrdef": "drop that generated column",
+        "pg_rewrite": "drop that rule",
+        "pg_trigger": f"create that trigger without {column.name} in UPDATE OF and in WHEN",
+        "pg_policy": f"write that policy without {column.name}",
+        "pg_proc": "drop that function, or give it a body in quotes",
+        "pg_publication_rel": f"publish the table without {column.name}",
+    }
+    return tuple(
+        Dependent(row.description, row.statement or kinds.get(row.catalog, f"drop it: {row.description}"))
+        for row in session.rows(block("catalog", "holding"), tables=tables, column=column.name)
+        if row.view not in ours
+    )
+
+
 def own_views(session: Session, table: int, column: int | None = None) -> frozenset[int]:
     """The views that `expose` made of a table; with `column`, of the generation in that attribute number alone.
 

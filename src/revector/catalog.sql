@@ -161,6 +161,25 @@ SELECT DISTINCT d.classid::regclass::text AS catalog, d.objid::oid AS oid,
  WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = %(table)s::oid AND d.refobjsubid = %(column)s
  ORDER BY 3;
 
+-- name: holding
+-- What keeps a column, here or in a partition, from being dropped; what goes with the column by itself is not among it.
+-- lock: none
+SELECT DISTINCT d.classid::regclass::text AS catalog,
+       regexp_replace(pg_describe_object(d.classid, d.objid, d.objsubid), '^rule "?_RETURN"? on ', '') AS description,
+       w.ev_class::oid AS view,
+       CASE c.relkind WHEN 'v' THEN 'DROP VIEW ' WHEN 'm' THEN 'DROP MATERIALIZED VIEW ' END
+       || quote_ident(n.nspname) || '.' || quote_ident(c.relname) || ';' AS statement
+  FROM pg_attribute a
+  JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = a.attrelid AND d.refobjsubid = a.attnum
+  LEFT JOIN pg_rewrite w ON d.classid = 'pg_rewrite'::regclass AND w.oid = d.objid
+  LEFT JOIN pg_class c ON c.oid = w.ev_class
+  LEFT JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE a.attname = %(column)s AND NOT a.attisdropped AND a.attrelid = ANY (%(tables)s::oid[])
+   AND NOT EXISTS (SELECT FROM pg_depend o
+                    WHERE o.classid = d.classid AND o.objid = d.objid AND o.objsubid = d.objsubid AND o.refclassid = d.refclassid
+                      AND o.refobjid = d.refobjid AND o.refobjsubid = d.refobjsubid AND o.deptype <> 'n')
+ ORDER BY 2;
+
 -- name: functions_naming
 -- Functions whose body names the table and the column (or `*`), or, of a trigger of the table, the column alone.
 -- lock: none

@@ -506,6 +506,12 @@ def translated(command: str = "") -> Iterator[None]:
         raise PauseBudgetMissed(why=_first_line(error), hint=again) from error
     except (pg.DiskFull, pg.OutOfMemory, pg.TooManyConnections) as error:
         raise ServerLost(f"the server is out of resources: {_first_line(error)}", hint=again) from error
+    except pg.DependentObjectsStillExist as error:
+        raise Refused(
+            _first_line(error),
+            why=f"{(error.diag.message_detail or 'Something hangs on it').rstrip('.')}. Nothing of this step was changed.",
+            hint=f"drop what depends on it, then {again or 'the same command again'}",
+        ) from error
     except pg.InsufficientPrivilege as error:
         raise Refused(
             f"missing right: {_first_line(error)}",

@@ -16,7 +16,7 @@ from psycopg import sql
 from revector import ledger as ledgers
 from revector import trigger
 from revector.carried import set_on
-from revector.catalog import Dependent, Table, dependents, find_table, publishing, read_server, read_table
+from revector.catalog import Dependent, Table, dependents, find_table, holding, publishing, read_server, read_table
 from revector.db import DEFAULT_LIMITS, Database, PauseLimits, Session, block, raw, translated
 from revector.errors import Busy, GateFailed, Interrupted, Outage, Refused, RevectorError, ServerLost, UsageError
 from revector.follow import Follower
@@ -1037,6 +1037,7 @@ class Migration:
                 )
             if row.closing is None:
                 self._check_views(row, command)
+                self._check_holding(row, command)
             with self._catching_up(work, keep.number if guarded else None):
                 if guarded:
                     with work.step(f"{command}.catch_up") as told:
@@ -1216,6 +1217,19 @@ class Migration:
                 why=f"Its sessions ask for {gone.model.model}, which goes: they would fail. Nothing was changed.",
                 hint="\n".join(f"ALTER {name} RESET search_path;" for name in whose)
                 + f"\nthen: {self._command(command)}",
+            )
+
+    def _check_holding(self, row: MigrationRow, command: str) -> None:
+        """Nothing may keep the departing column from being dropped: after the close there is no way but forward."""
+        gone = row.plan.old if command == "finalize" else row.plan.new
+        table, number = read_table(self.control, self.oid), self.ledger.attnum(gone.number)
+        column = None if number is None else table.numbered(number)
+        found = holding(self.control, table, column) if column is not None else ()
+        if column is not None and found:
+            raise Refused(
+                f"{self.name}: {column.name} cannot be dropped: {'; '.join(d.description for d in found)}",
+                why=f"It hangs on the vectors of {gone.model.model}, which go. Nothing was changed.",
+                hint="\n".join(dict.fromkeys(d.remedy for d in found)) + f"\nthen: {self._command(command)}",
             )
 
     def _check_follower(self, command: str, *, follow: bool, without_follower: bool) -> None:

@@ -395,9 +395,9 @@ class Work:
         )
         return sql.SQL("DO {}").format(sql.Literal(body.as_string(None)))
 
-    def drop_index(self, name: str, schema: str | None = None) -> None:
-        """Drop an index of ours without stopping anyone; one that is not in the ledger stays."""
-        if ("index", name) not in self.ledger.owned():
+    def drop_index(self, name: str, schema: str | None = None, *, theirs: bool = False) -> None:
+        """Drop an index of ours without stopping anyone; one that is not in the ledger stays, but with `theirs`."""
+        if not theirs and ("index", name) not in self.ledger.owned():
             return
         # lock_timeout = 0: CONCURRENTLY waits for old transactions, and blocks nobody while it waits.
         self.control.execute("SET lock_timeout = 0")

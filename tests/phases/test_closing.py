@@ -32,8 +32,9 @@ from fix_tables import (
 from revector import Embedder
 from revector.embed.hashing import Hashing
 from revector.errors import InputRefused, Refused
+from revector.phases import finalize
 from revector.search import Searcher
-from revector.work import Note
+from revector.work import Note, Recorded, Work
 
 BEFORE = {"embedding": OLD, "embedding_g2": NEW}
 AFTER = {"embedding_g1": OLD, "embedding": NEW}
@@ -280,3 +281,54 @@ def test_last_read_is_told(dsn: str, connection: psycopg.Connection[Any]) -> Non
         text.startswith(f"{OLD}: last written not since SERVED, last read ") and "s ago" in text for text in told
     )
     assert any(text.startswith(f"{NEW}: ") and text.endswith("last read never") for text in told)
+
+
+# -- what finalize drops, and what it waits for -----------------------------------------------------------------------
+
+
+def test_old_vector_index_goes_before_the_lock(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """The user's vector index is dropped CONCURRENTLY, as ours are; one that reads other columns goes with the column."""
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER")
+    connection.execute("CREATE INDEX other ON kb (note) WHERE embedding_g1 IS NOT NULL")
+    left: list[list[str]] = []
+
+    def look(seen: Any) -> None:
+        if isinstance(seen, Recorded) and seen.step == "finalize.drop_indexes":
+            found = connection.execute("SELECT indexname FROM pg_indexes WHERE tablename = 'kb' ORDER BY 1").fetchall()
+            left.append([name for (name,) in found])
+
+    with steering(dsn, observe=look) as migration:
+        migration.finalize()
+    assert left == [["kb_embedding_idx", "kb_pkey", "other"]]
+    assert_no_leftovers(connection)
+
+
+@pytest.mark.parametrize("not_null", [True, False])
+@pytest.mark.parametrize(("closing", "start", "keep"), [("finalize", "CUT_OVER", NEW), ("abort", "SERVED", OLD)])
+def test_writers_that_never_pause_are_named(
+    dsn: str,
+    connection: psycopg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    closing: str,
+    start: str,
+    keep: str,
+    not_null: bool,
+) -> None:
+    """Rows that become pending as fast as they are filled: the refusal says who does it, and how to go on."""
+    monkeypatch.setattr(finalize, "_ATTEMPTS", 2)
+    knowledge_base(connection, 20, not_null=not_null)
+    advance(dsn, start)
+    original = Work.pause
+
+    def pause(self: Work, name: str, *arguments: Any, **options: Any) -> Any:
+        if name == f"{closing}.close":
+            connection.execute("UPDATE kb SET content = content || '.' WHERE id = 1")
+        return original(self, name, *arguments, **options)
+
+    monkeypatch.setattr(Work, "pause", pause)
+    with steering(dsn) as migration, pytest.raises(Refused, match="rows without a vector") as caught:
+        getattr(migration, closing)()
+    assert keep in str(caught.value) and "writes texts without their vectors" in caught.value.why
+    assert "stop" in caught.value.hint and caught.value.hint.endswith(f"revector {closing} kb")
+    assert stage_of(connection) == (start, None)

@@ -809,6 +809,77 @@ def test_not_null_given_back_by_someone_else_is_no_obstacle_to_finalize(
     assert_no_leftovers(connection)
 
 
+# -- what hangs on the column that goes --------------------------------------------------------------------------------
+
+
+#: What keeps a column from being dropped: how it is made on the column, and the statement that takes it away.
+HANGING = {
+    "view": ("CREATE VIEW seen AS SELECT id, {} FROM kb", "DROP VIEW public.seen;"),
+    "materialized view": (
+        "CREATE MATERIALIZED VIEW seen AS SELECT id, {} FROM kb",
+        "DROP MATERIALIZED VIEW public.seen;",
+    ),
+    "generated column": (
+        "ALTER TABLE kb ADD seen int GENERATED ALWAYS AS (vector_dims({})) STORED",
+        "generated column",
+    ),
+    "UPDATE OF trigger": (
+        "CREATE TRIGGER seen AFTER UPDATE OF {} ON kb FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+        "trigger seen",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HANGING)
+@pytest.mark.parametrize(("command", "start"), [("abort", "VERIFIED"), ("abort", "SERVED"), ("finalize", "CUT_OVER")])
+def test_what_hangs_on_the_column_that_goes_is_named_first(
+    dsn: str, connection: psycopg.Connection[Any], command: str, start: str, kind: str
+) -> None:
+    """DROP COLUMN would fail with the trigger gone already; refused before anything is changed, with what to drop."""
+    knowledge_base(connection, 20)
+    advance(dsn, start)
+    statement, told = HANGING[kind]
+    gone = "embedding_g1" if command == "finalize" else "embedding_g2"
+    connection.execute(statement.format(gone))  # type: ignore[arg-type]
+    connection.execute(f"CREATE INDEX by_itself ON kb ((vector_dims({gone})))")  # type: ignore[arg-type]
+    connection.execute(f"ALTER TABLE kb ADD CONSTRAINT goes CHECK ({gone} IS NULL OR id >= 0)")  # type: ignore[arg-type]
+    before = shape(connection)
+    with pytest.raises(Refused, match=f"{gone} cannot be dropped.*seen") as caught:
+        give(dsn, command)
+    assert "Nothing was changed" in caught.value.why and caught.value.hint.endswith(f"then: revector {command} kb")
+    assert told in caught.value.hint + str(caught.value) and "by_itself" not in str(caught.value)
+    unchanged(connection, before, start)
+    connection.execute(
+        {"generated column": "ALTER TABLE kb DROP seen", "UPDATE OF trigger": "DROP TRIGGER seen ON kb"}.get(
+            kind, caught.value.hint.splitlines()[0]
+        )  # type: ignore[arg-type]
+    )
+    give(dsn, command)
+    assert_no_leftovers(connection)
+
+
+@pytest.mark.parametrize(("command", "start"), [("abort", "SERVED"), ("finalize", "CUT_OVER")])
+def test_what_came_to_hang_on_it_after_the_close_is_named(
+    dsn: str, connection: psycopg.Connection[Any], command: str, start: str
+) -> None:
+    """A view made between the close and DROP COLUMN is no defect of ours: it is named, and the same command goes on."""
+    knowledge_base(connection, 20)
+    advance(dsn, start)
+    gone = "embedding_g1" if command == "finalize" else "embedding_g2"
+
+    def build(seen: Observation) -> None:
+        if isinstance(seen, Recorded) and seen.step == f"{command}.close":
+            connection.execute(f"CREATE VIEW late AS SELECT {gone} FROM kb")  # type: ignore[arg-type]
+
+    with steering(dsn, observe=build) as migration, pytest.raises(Refused) as caught:
+        getattr(migration, command)()
+    assert "view public.late depends on column" in caught.value.why and f"revector {command} kb" in caught.value.hint
+    assert stage_of(connection) == (start, command)
+    connection.execute("DROP VIEW late")
+    give(dsn, command)
+    assert_no_leftovers(connection)
+
+
 # -- the outside world ------------------------------------------------------------------------------------------------
 
 

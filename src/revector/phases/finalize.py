@@ -15,8 +15,9 @@ import psycopg
 from psycopg import sql
 
 from revector import trigger
+from revector.catalog import read_table
 from revector.db import PENDING, block, raw
-from revector.errors import Busy, GateFailed
+from revector.errors import Busy, GateFailed, Refused
 from revector.partitions import below, index_parts
 from revector.plan import Generation, Plan, cut_name, own_name
 from revector.work import Outcome, Work
@@ -62,6 +63,8 @@ def run(
         else:
             for name in doomed:
                 work.drop_index(name)
+            for name in _replaced(work, drop):
+                work.drop_index(name, theirs=True)
     column = work.column(drop)
     if column is not None:
         statements = [block("phases/finalize", "drop_column", table=work.table, column=sql.Identifier(column))]
@@ -128,8 +131,17 @@ def _close(
             return
         except psycopg.Error as error:
             # Writers who give no vectors keep rows pending; between two of them there is a moment without any.
-            if error.sqlstate != PENDING or attempt == _ATTEMPTS:
+            if error.sqlstate != PENDING:
                 raise
+            if attempt == _ATTEMPTS:
+                model = keep.model.model
+                raise Refused(
+                    f"{plan.table}: {_ATTEMPTS} attempts found rows without a vector of {model} each time",
+                    why="Somebody writes texts without their vectors as fast as they are filled, or has such a row locked."
+                    " With the trigger gone those rows would keep none. Nothing was changed.",
+                    hint=f"stop those writers for a moment, or let them give the vectors of {model}; then:"
+                    f" revector {command} {plan.argument}",
+                ) from error
             work.check_stop()
             if plan.not_null:
                 _refuse_without_vector(work, keep, command)
@@ -262,6 +274,19 @@ def _hand_over_names(
                 work.control.execute(
                     block("phases/finalize", "rename_index", index=this.identifier, name=sql.Identifier(name))
                 )
+
+
+def _replaced(work: Work, drop: Generation) -> list[str]:
+    """The user's vector indexes that the plan replaced, as far as they are of the departing column and nothing else.
+
+    They would go with the column; so they go as ours do, and the last short lock has nothing but a column to drop.
+    """
+    column = work.column(drop)
+    if column is None:
+        return []
+    table, names = read_table(work.control, work.plan.table_oid), _vector_indexes(work.plan, drop)
+    departing = table.column(column)
+    return [index.name for index in table.indexes if index.name in names and index.covers_only(departing)]
 
 
 def _vector_indexes(plan: Plan, generation: Generation) -> list[str]:
