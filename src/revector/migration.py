@@ -1111,9 +1111,9 @@ class Migration:
         raise Refused(
             f"{self.name}: {told}",
             why="They would vanish from search. Nothing was changed.",
-            hint="set their vectors to NULL, or bring them inside, then give the same command again"
-            if work.plan.declared
-            else "they are locked by others: give the same command again",
+            hint="they are locked by others: give the same command again"
+            if work.plan.copies_outside
+            else "set their vectors to NULL, or bring them inside, then give the same command again",
         )
 
     def _check_quiet(self, work: Work, quiet_for: float, *, tell: bool = True) -> None:

@@ -278,7 +278,7 @@ class Plan:
     @property
     def copies_outside(self) -> bool:
         """Whether rows outside the filter keep one vector in both generations; one column type takes both models."""
-        return self.filter_sql is not None and not self.declared
+        return self.filter_sql is not None and self.confusable
 
     @property
     def confusable(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from fix_tables import (
     REQUEST,
@@ -320,3 +322,59 @@ def test_a_domain_over_vector_is_refused(dsn: str, connection: psycopg.Connectio
             migration.preview(REQUEST)
         connection.execute(caught.value.hint.partition(": ")[2])
         migration.run(REQUEST)
+
+
+def test_two_vector_columns_each_down_the_whole_road(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Run, cutover, rollback, cutover, finalize of one column and then of the other, with a writer of both at work."""
+    dimensions = {"of_title": ("hash:16", "hash:32"), "of_content": ("hash:24", "hash:40")}
+    connection.execute(
+        "CREATE TABLE kb (id int PRIMARY KEY, title text, content text, of_title vector(16), of_content vector(24))"
+    )
+    for n in range(ROWS):
+        connection.execute(
+            "INSERT INTO kb VALUES (%s, %s, %s, %s, %s)",
+            (n, f"title {n}", body(n), vector("hash:16", f"title {n}"), vector("hash:24", body(n))),
+        )
+    stop, errors, turns = threading.Event(), [], itertools.count()
+
+    def work() -> None:
+        with psycopg.connect(dsn, autocommit=True) as session:
+            while not stop.wait(0.01):
+                turn = next(turns)
+                for column, models in dimensions.items():
+                    text = f"{column} at {turn}"
+                    for model in models:
+                        try:
+                            session.execute(
+                                sql.SQL("UPDATE kb SET {} = %s, {} = %s WHERE id = %s").format(
+                                    sql.Identifier(column.removeprefix("of_")), sql.Identifier(column)
+                                ),
+                                (text, vector(model, text), turn % ROWS),
+                            )
+                            break
+                        except psycopg.errors.DataException:
+                            continue  # the other model answers now
+                        except psycopg.Error as error:
+                            errors.append(error)
+                            break
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for column, (old, new) in dimensions.items():
+            with steering(dsn) as migration:
+                migration.run(Request(from_=old, to=new, text=column.removeprefix("of_"), vector=column))
+            with following(dsn, connection):
+                for command in ("cutover", "rollback", "cutover"):
+                    with steering(dsn) as migration:
+                        getattr(migration, command)()
+            with steering(dsn) as migration:
+                migration.finalize()
+    finally:
+        stop.set()
+        thread.join()
+    assert errors == []
+    assert next(turns) > 20
+    assert_exact(connection, "kb", "title", {"of_title": "hash:32"}, at_least=ROWS)
+    assert_exact(connection, "kb", "content", {"of_content": "hash:40"}, at_least=ROWS)
+    assert_no_leftovers(connection)

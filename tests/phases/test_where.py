@@ -19,6 +19,7 @@ from fix_tables import (
     advance,
     assert_no_leftovers,
     body,
+    embedder,
     following,
     halting,
     oid_of,
@@ -28,8 +29,9 @@ from fix_tables import (
     until,
     vector,
 )
-from revector import Migration, Request
+from revector import Embedder, Migration, Request
 from revector.db import Database
+from revector.embed.hashing import Hashing
 from revector.errors import Interrupted, Refused, UsageError
 from revector.follow import Follower
 from revector.plan import Consents
@@ -426,6 +428,45 @@ def test_a_declared_dimension_takes_rows_outside_only_without_a_vector(
     with steering(dsn) as migration:
         migration.finalize()
     assert_no_leftovers(connection)
+
+
+class Salted(Hashing):
+    """Another model of as many dimensions."""
+
+    def encode(self, texts: Sequence[str], prompt: str, kind: str) -> Any:
+        return super().encode([f"salt {text}" for text in texts], prompt, kind)
+
+
+def test_a_declared_dimension_that_both_models_have(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One column type takes both models' vectors: rows outside keep their one vector there too, on both sides."""
+    make, new = Embedder._make, "openai:salted"
+    monkeypatch.setattr(Embedder, "_make", lambda self: Salted(16) if self.spec == new else make(self))
+    embedder.cache_clear()
+    shared(connection, "vector(16) NOT NULL", other=OLD)
+    connection.execute("CREATE INDEX kb_all ON kb USING hnsw (embedding vector_l2_ops)")
+    with steering(dsn) as migration:
+        migration.run(Request(from_=OLD, to=new, where="tenant = 'a'"))
+    check(connection, {"embedding": OLD, "embedding_g2": new}, OLD)
+    for turn, name in enumerate(("cutover", "rollback", "cutover"), 1):
+        with following(dsn, connection), steering(dsn) as migration:
+            getattr(migration, name)(bare_writers_stopped=True)
+        model = new if name == "cutover" else OLD
+        for number, tenant, given in ((0, "a", model), (1, "b", OLD), (2, "b", OLD), (3, "a", model)):
+            text = f"edited {turn}"
+            connection.execute(
+                "UPDATE kb SET tenant = %s, content = %s, embedding = %s WHERE id = %s",
+                (tenant, text, vector(given, text), number),
+            )
+        settle(dsn, connection)
+        other = {"embedding_g1": OLD} if name == "cutover" else {"embedding_g2": new}
+        check(connection, {"embedding": model, **other}, OLD)
+    with steering(dsn) as migration:
+        migration.finalize()
+    check(connection, {"embedding": new}, OLD)
+    assert_no_leftovers(connection)
+    assert "WHERE" not in one(connection, "SELECT pg_get_indexdef('kb_all'::regclass)")
 
 
 @pytest.mark.parametrize(
