@@ -3,15 +3,19 @@
 Each request is counted and committed *before* it is sent, so what is paid for is on record whatever happens to its
 answer, and two workers cannot pass a limit together. Requests are spread evenly: after one of n tokens the next waits
 60 n / (limit - n) seconds, so that no minute holds more than the limit. Tokens are estimated before a request (four
-bytes of UTF-8 each), and corrected to what the server says afterwards.
+bytes of UTF-8 each, times the most that one of these has cost so far), and corrected to what the server says afterwards.
+A budget is therefore passed at most by the requests under way at that moment, one a worker, and only as far as they take
+more than estimated: whatever they cost is counted before the next one.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from revector.db import Database, Session, block
@@ -22,6 +26,8 @@ from revector.throttle import Tuning
 _LOOK: Final = 0.5
 #: One request takes at most this part of the tokens of a minute, where it has several texts.
 _SHARE: Final = 10
+#: Requests estimated at fewer tokens tell nothing of a text's density: what a server adds to each text outweighs it.
+_TELLING: Final = 20
 
 
 #: Field of `Tuning` -> the option that sets it.
@@ -94,7 +100,7 @@ class Purse:
 
 
 class Account:
-    """What one model of a migration is asked; a provider calls `before` and `after` around each request."""
+    """What one model of a migration is asked; a provider calls `before`, and what that returns, around each request."""
 
     def __init__(self, purse: Purse, generation: int, model: str) -> None:
         self.purse, self.generation, self.model = purse, generation, model
@@ -102,31 +108,35 @@ class Account:
         #: Tokens that one request of several texts should not pass; None: no limit.
         self.most: int | None = None
 
-    def before(self, tokens: int) -> None:
-        """Count a request of about so many tokens, once the limits allow it.
+    def before(self, tokens: int) -> Callable[[int | None], None]:
+        """Count a request of about so many tokens, once the limits allow it; call the result with what it has cost.
 
         Raises `BudgetSpent` when it would pass the budget, `Interrupted` when asked to stop while it waits.
         """
-        while (wait := self._take(tokens)) > 0:
-            deadline = time.monotonic() + min(wait, _LOOK)
+        while not callable(taken := self._take(tokens)):
+            deadline = time.monotonic() + min(taken, _LOOK)
             while (left := deadline - time.monotonic()) > 0:
                 if self.purse.stop():
                     raise Interrupted
                 time.sleep(min(left, 0.1))
+        return taken
 
-    def after(self, estimated: int, actual: int | None) -> None:
-        """Correct what `before` has counted; None: not known, so the estimate stands."""
-        if actual is None or actual == estimated:
+    def _settle(self, estimated: int, counted: int, actual: int | None) -> None:
+        """Correct what was counted for a request estimated at so many tokens; None: not known, so it stands."""
+        if actual is None:
             return
+        density = actual / estimated if estimated >= _TELLING else 0.0
         with self.purse._lock:
-            self.purse.session().execute(block("spending", "correct"), more=actual - estimated, **self._key)
+            self.purse.session().execute(
+                block("spending", "correct"), more=actual - counted, density=density, **self._key
+            )
 
     @property
     def _key(self) -> dict[str, int]:
         return {"migration": self.purse.migration, "generation": self.generation}
 
-    def _take(self, tokens: int) -> float:
-        """Count the request and return 0, or return the seconds to wait first."""
+    def _take(self, estimated: int) -> Callable[[int | None], None] | float:
+        """Count the request and return what settles it, or return the seconds to wait first."""
         with self.purse._lock:
             session = self.purse.session()
             with session.transaction():
@@ -136,6 +146,7 @@ class Account:
                 own = next(row for row in rows if row.generation == self.generation)
                 limits = Tuning.from_json(own.limits)
                 self.most = limits.tokens_per_minute and max(limits.tokens_per_minute // _SHARE, 1)
+                tokens = math.ceil(estimated * own.density)
                 self._check(limits, sum(row.tokens for row in rows), tokens)
                 waits = (
                     (own.requests_wait, limits.requests_per_minute, "requests a minute"),
@@ -154,7 +165,7 @@ class Account:
         self._entered = True
         if wait > 1:
             self.purse.tell(f"the limit of {limit:,} {what} for {self.model}")
-        return wait
+        return wait if wait > 0 else partial(self._settle, estimated, tokens)
 
     def _check(self, limits: Tuning, spent: int, tokens: int) -> None:
         if limits.max_cost is None or not limits.price:

@@ -6,7 +6,7 @@ INSERT INTO revector.spending (migration, generation) VALUES (%(migration)s, %(g
 -- name: look
 -- The accounts of a migration with its limits, locked until what the next request takes is committed.
 -- lock: none
-SELECT s.generation, s.tokens, m.limits,
+SELECT s.generation, s.tokens, s.density, m.limits,
        extract(epoch FROM s.tokens_at - clock_timestamp())::float8 AS tokens_wait,
        extract(epoch FROM s.requests_at - clock_timestamp())::float8 AS requests_wait
   FROM revector.spending s JOIN revector.migrations m ON m.id = s.migration
@@ -21,9 +21,10 @@ UPDATE revector.spending SET tokens = tokens + %(tokens)s, requests = requests +
  WHERE migration = %(migration)s AND generation = %(generation)s;
 
 -- name: correct
--- Put what a request has really cost in the place of the estimate.
+-- Put what a request has really cost in the place of the estimate, and keep the most that an estimated token has cost.
 -- lock: none
-UPDATE revector.spending SET tokens = greatest(tokens + %(more)s, 0) WHERE migration = %(migration)s AND generation = %(generation)s;
+UPDATE revector.spending SET tokens = greatest(tokens + %(more)s, 0), density = greatest(density, %(density)s)
+ WHERE migration = %(migration)s AND generation = %(generation)s;
 
 -- name: spent
 -- What a migration has asked for so far.

@@ -13,7 +13,7 @@ import pytest
 import stamina
 
 from fix_commands import command
-from fix_provider import KEY, Stand, error, standing
+from fix_provider import KEY, Answer, Stand, error, good, standing
 from fix_tables import advance, assert_exact, fill, following, knowledge_base, one, settings, stage_of, steering, until
 from revector import Request
 from revector.db import Database, Session
@@ -130,6 +130,52 @@ def test_a_run_stops_before_it_passes_its_budget_and_goes_on(
     assert again < charged * 4, "rows that were paid for were embedded again"
 
 
+def dense(request: dict[str, Any]) -> Answer:
+    """Three tokens for every one that we estimate, as where texts are no English prose."""
+    body = good(request)
+    body["usage"] = {"total_tokens": 3 * body["usage"]["total_tokens"]}
+    return 200, {}, body
+
+
+def test_a_budget_holds_where_texts_are_denser_than_estimated(
+    dsn: str, connection: psycopg.Connection[Any], stand: Stand
+) -> None:
+    """What the probes cost tells how dense the provider counts, before the first batch is sent."""
+    knowledge_base(connection, 60)
+    advance(dsn, "EXPANDED", REQUEST)
+    stand.script, since = dense, len(stand.requests)
+    begun = spent(connection)[0]
+    with steering(dsn) as migration:
+        migration.tune({"price": 10000.0, "max_cost": 8.0}, batch_size=25)
+    with pytest.raises(BudgetSpent, match="the next request would cost"), steering(dsn) as migration:
+        migration.run()
+    assert spent(connection)[0] == begun + 3 * tokens(stand, since)
+    assert spent(connection)[0] * 10000 / 1e6 <= 8
+
+
+def test_a_budget_is_passed_by_one_request_at_most(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """The first dense text passes it, in each of two workers at once; what the ledger has learnt holds for both."""
+    knowledge_base(connection, 5)
+    advance(dsn, "EXPANDED", Request(from_="hash:16", to="hash:32"))
+    connection.execute("""UPDATE revector.migrations SET limits = '{"price": 10000, "max_cost": 10}'""")
+    number = one(connection, "SELECT id FROM revector.migrations")
+    purses = [Purse(Database(settings(dsn)), number, "kb") for _ in range(2)]
+    accounts = [purse.account(2, NEW) for purse in purses]
+    accounts[0].before(100)(300)
+    accounts[1].before(10)(500)  # too few to tell
+    with pytest.raises(BudgetSpent, match="the next request would cost 3, and 8 of 10 are spent"):
+        accounts[1].before(100)
+    under_way = [account.before(30) for account in accounts]
+    for settle in under_way:
+        settle(300)
+    assert spent(connection) == (1400, 4)
+    for account in accounts:
+        with pytest.raises(BudgetSpent):
+            account.before(1)
+    for purse in purses:
+        purse.close()
+
+
 def test_tokens_are_counted_even_when_the_write_fails(
     dsn: str, connection: psycopg.Connection[Any], stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +278,9 @@ def test_a_limit_that_holds_back_can_be_interrupted_and_lifted(dsn: str, connect
     purse.close()
 
 
-def test_an_account_whose_first_request_is_refused_is_asked_again(dsn: str, connection: psycopg.Connection[Any]) -> None:
+def test_an_account_whose_first_request_is_refused_is_asked_again(
+    dsn: str, connection: psycopg.Connection[Any]
+) -> None:
     """What the refusal rolls back is no account that is there."""
     knowledge_base(connection, 5)
     advance(dsn, "EXPANDED", Request(from_="hash:16", to="hash:32"))
