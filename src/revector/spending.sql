@@ -13,17 +13,18 @@ SELECT s.generation, s.tokens, s.density, m.limits,
  WHERE s.migration = %(migration)s ORDER BY s.generation FOR UPDATE OF s;
 
 -- name: take
--- Count a request before it is sent; the next one may follow after these pauses.
+-- Count a request before it is sent; the next one may follow after these pauses. When the tokens' pause ends is the answer.
 -- lock: none
 UPDATE revector.spending SET tokens = tokens + %(tokens)s, requests = requests + 1,
        tokens_at = clock_timestamp() + %(tokens_pause)s * interval '1 s',
        requests_at = clock_timestamp() + %(requests_pause)s * interval '1 s'
- WHERE migration = %(migration)s AND generation = %(generation)s;
+ WHERE migration = %(migration)s AND generation = %(generation)s RETURNING tokens_at;
 
 -- name: correct
--- Put what a request has really cost in the place of the estimate, and keep the most that an estimated token has cost.
+-- Put what a request has really cost in the place of the estimate; its pause is corrected too.
 -- lock: none
-UPDATE revector.spending SET tokens = greatest(tokens + %(more)s, 0), density = greatest(density, %(density)s)
+UPDATE revector.spending SET tokens = greatest(tokens + %(more)s, 0), density = greatest(density, %(density)s),
+       tokens_at = tokens_at + greatest(%(pause)s, CASE WHEN tokens_at = %(pause_ends)s THEN %(pause)s ELSE 0 END) * interval '1 s'
  WHERE migration = %(migration)s AND generation = %(generation)s;
 
 -- name: spent
