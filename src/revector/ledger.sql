@@ -64,7 +64,7 @@ ALTER TABLE revector.heartbeats ADD COLUMN oldest real NOT NULL DEFAULT 0;
 ALTER TABLE revector.heartbeats ADD COLUMN trouble text;
 CREATE TABLE revector.spending (
     migration bigint NOT NULL, generation int NOT NULL, tokens bigint NOT NULL DEFAULT 0, requests bigint NOT NULL DEFAULT 0,
-    tokens_at timestamptz, requests_at timestamptz, PRIMARY KEY (migration, generation));
+    tokens_at timestamptz, requests_at timestamptz, density float8 NOT NULL DEFAULT 1, PRIMARY KEY (migration, generation));
 DROP INDEX revector.one_live_generation;
 CREATE UNIQUE INDEX one_live_generation ON revector.generations (table_oid, attnum, coalesce(filter, '')) WHERE live;
 CREATE TABLE revector.views (

@@ -1,17 +1,22 @@
 """What the models behind an address may be asked and may cost: counted in the ledger, shared by every worker.
 
 Each request is counted and committed *before* it is sent, so what is paid for is on record whatever happens to its
-answer, and two workers cannot pass a limit together. Requests are spread evenly: after one of n tokens the next waits
-60 n / (limit - n) seconds, so that no minute holds more than the limit. Tokens are estimated before a request (four
-bytes of UTF-8 each), and corrected to what the server says afterwards.
+answer, and two workers cannot pass a limit together. Requests are spread evenly, so that no minute holds more than the
+limit, whatever their sizes (`pause` says why). Tokens are estimated before a request (four
+bytes of UTF-8 each, times the most that one of these has cost so far), and corrected to what the server says afterwards.
+A budget is therefore passed at most by the requests under way at that moment, one a worker, and only as far as they take
+more than estimated: whatever they cost is counted before the next one.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from typing import Final
 
 from revector.db import Database, Session, block
@@ -21,7 +26,9 @@ from revector.throttle import Tuning
 #: Seconds between two looks while a limit holds a request back: it may be changed meanwhile.
 _LOOK: Final = 0.5
 #: One request takes at most this part of the tokens of a minute, where it has several texts.
-_SHARE: Final = 10
+_SHARE: Final = 0.1
+#: Requests estimated at fewer tokens tell nothing of a text's density: what a server adds to each text outweighs it.
+_TELLING: Final = 20
 
 
 #: Field of `Tuning` -> the option that sets it.
@@ -44,11 +51,18 @@ class Spent:
     max_cost: float | None
 
 
-def pause(amount: float, limit: float | None) -> float:
-    """Seconds from one request to the next, so that no minute holds more than the limit of such requests."""
+def pause(amount: float, limit: float | None, share: float) -> tuple[float, float]:
+    """Seconds that a request waits beyond the pause of the one before, and its own pause, so that a minute holds `limit`.
+
+    Pauses last 1/v for each token, with v = (limit - share) / 60, and a request of more than `share` first waits 1/v for
+    each token above. So from a request on to a later one of n tokens there is 1/v for each token of all of them but
+    the last `share`: within a minute that is less than 60 v + share = limit. Nothing is in one minute with what was sent a
+    minute before, so no wait beforehand is longer.
+    """
     if limit is None:
-        return 0.0
-    return 60 * amount / (limit - amount) if 2 * amount <= limit else 60.0 * max(1.0, amount / limit)
+        return 0.0, 0.0
+    each = 60 / (limit - share)
+    return min(60.0, each * max(0.0, amount - share)), each * amount
 
 
 class Purse:
@@ -94,7 +108,7 @@ class Purse:
 
 
 class Account:
-    """What one model of a migration is asked; a provider calls `before` and `after` around each request."""
+    """What one model of a migration is asked; a provider calls `before`, and what that returns, around each request."""
 
     def __init__(self, purse: Purse, generation: int, model: str) -> None:
         self.purse, self.generation, self.model = purse, generation, model
@@ -102,31 +116,52 @@ class Account:
         #: Tokens that one request of several texts should not pass; None: no limit.
         self.most: int | None = None
 
-    def before(self, tokens: int) -> None:
-        """Count a request of about so many tokens, once the limits allow it.
+    def before(self, tokens: int) -> Callable[[int | None], None]:
+        """Count a request of about so many tokens, once the limits allow it; call the result with what it has cost.
 
         Raises `BudgetSpent` when it would pass the budget, `Interrupted` when asked to stop while it waits.
         """
-        while (wait := self._take(tokens)) > 0:
-            deadline = time.monotonic() + min(wait, _LOOK)
+        while True:
+            wait, settle = self._take(tokens)
+            deadline = time.monotonic() + (min(wait, _LOOK) if settle is None else wait)
             while (left := deadline - time.monotonic()) > 0:
                 if self.purse.stop():
+                    if settle is not None:
+                        settle(0)
                     raise Interrupted
                 time.sleep(min(left, 0.1))
+            if settle is not None:
+                return settle
 
-    def after(self, estimated: int, actual: int | None) -> None:
-        """Correct what `before` has counted; None: not known, so the estimate stands."""
-        if actual is None or actual == estimated:
+    def _settle(self, estimated: int, counted: int, each: float, pause_ends: datetime, actual: int | None) -> None:
+        """Correct what was counted, and the pause of `each` second a token; None: not known, so both stand.
+
+        The pause becomes longer always, and shorter only while it is still this request's: others have begun at its end.
+        """
+        if actual is None:
             return
+        more = actual - counted
+        density = actual / estimated if estimated >= _TELLING else 0.0
         with self.purse._lock:
-            self.purse.session().execute(block("spending", "correct"), more=actual - estimated, **self._key)
+            self.purse.session().execute(
+                block("spending", "correct"),
+                more=more,
+                pause=more * each,
+                pause_ends=pause_ends,
+                density=density,
+                **self._key,
+            )
 
     @property
     def _key(self) -> dict[str, int]:
         return {"migration": self.purse.migration, "generation": self.generation}
 
-    def _take(self, tokens: int) -> float:
-        """Count the request and return 0, or return the seconds to wait first."""
+    def _take(self, estimated: int) -> tuple[float, Callable[[int | None], None] | None]:
+        """Seconds to wait, and what settles the request if it is counted; None: it is not, ask again after the wait.
+
+        A large request is counted before its wait, which holds back all others: asking again, it would never find the
+        limit free for long enough beside those who send small ones.
+        """
         with self.purse._lock:
             session = self.purse.session()
             with session.transaction():
@@ -135,26 +170,35 @@ class Account:
                 rows = session.rows(block("spending", "look"), migration=self.purse.migration)
                 own = next(row for row in rows if row.generation == self.generation)
                 limits = Tuning.from_json(own.limits)
-                self.most = limits.tokens_per_minute and max(limits.tokens_per_minute // _SHARE, 1)
+                share = _SHARE * (limits.tokens_per_minute or 0)
+                self.most = max(int(share / own.density), 1) if share else None
+                tokens = max(math.ceil(estimated * own.density), 1)
+                lead, tokens_pause = pause(tokens, limits.tokens_per_minute, share)
+                # Idle time counts; where nothing was sent, there is nothing to wait for.
+                lead = max(lead + (-lead if own.tokens_wait is None else min(own.tokens_wait, 0.0)), 0.0)
                 self._check(limits, sum(row.tokens for row in rows), tokens)
                 waits = (
                     (own.requests_wait, limits.requests_per_minute, "requests a minute"),
                     (own.tokens_wait, limits.tokens_per_minute, "tokens a minute"),
                 )
                 wait, limit, what = max(((w or 0.0) if limit else 0.0, limit or 0, what) for w, limit, what in waits)
+                settle = None
                 if wait <= 0:
-                    session.execute(
+                    wait, limit, what = lead, limits.tokens_per_minute or 0, "tokens a minute"
+                    pause_ends = session.value(
                         block("spending", "take"),
                         tokens=tokens,
-                        tokens_pause=pause(tokens, limits.tokens_per_minute),
-                        requests_pause=pause(1, limits.requests_per_minute),
+                        tokens_pause=lead + tokens_pause,
+                        # Where one request a minute is allowed, the pause is a minute.
+                        requests_pause=lead + 60 / max((limits.requests_per_minute or math.inf) - 1, 1),
                         **self._key,
                     )
+                    settle = partial(self._settle, estimated, tokens, tokens_pause / tokens, pause_ends)
         # Only now is it committed; a refusal above takes it back.
         self._entered = True
         if wait > 1:
             self.purse.tell(f"the limit of {limit:,} {what} for {self.model}")
-        return wait
+        return wait, settle
 
     def _check(self, limits: Tuning, spent: int, tokens: int) -> None:
         if limits.max_cost is None or not limits.price:

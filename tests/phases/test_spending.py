@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -13,7 +15,7 @@ import pytest
 import stamina
 
 from fix_commands import command
-from fix_provider import KEY, Stand, error, standing
+from fix_provider import KEY, Answer, Stand, error, good, standing
 from fix_tables import advance, assert_exact, fill, following, knowledge_base, one, settings, stage_of, steering, until
 from revector import Request
 from revector.db import Database, Session
@@ -50,21 +52,115 @@ def spent(connection: psycopg.Connection[Any]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("limit", "sizes"), [(600, [1]), (3, [1]), (100_000, [9_000]), (1000, [100, 37, 90]), (1, [1])]
+    ("limit", "share", "sizes"),
+    [
+        (600, 1, [1]),
+        (3, 1, [1]),
+        (2, 1, [1]),
+        (100_000, 10_000, [9_000]),
+        (40_000, 4_000, [*[100] * 400, 8_000]),
+        (1_000_000, 100_000, [*[1_000] * 1_000, 100_000]),
+        (1_000_000, 100_000, [100_000, 5_000]),
+        (1_000, 100, [100, 37, 90]),
+        (1_000, 100, [37, 1_000, 600, 1]),
+    ],
 )
-def test_no_minute_holds_more_than_the_limit(limit: int, sizes: list[int]) -> None:
-    """Sent as early as allowed for ten minutes; every window of a minute is counted."""
-    now, window = 0.0, deque[tuple[float, int]]()
-    number = 0
-    while now < 600:
-        size = sizes[number % len(sizes)]
+def test_no_minute_holds_more_than_the_limit(limit: int, share: int, sizes: list[int]) -> None:
+    """Sent as early as allowed for twenty minutes, large ones after small ones too; every window of a minute is counted."""
+    now, ends, window, sent = 0.0, 0.0, deque[tuple[float, int]](), 0
+    for size in itertools.cycle(sizes):
+        lead, after = pause(size, limit, share)
+        now = max(now, ends + lead) if sent else 0.0
+        if now >= 1200:
+            break
         window.append((now, size))
+        sent += size
         while now - window[0][0] >= 60:
             window.popleft()
-        assert sum(n for _, n in window) <= limit + max(sizes) - min(sizes)
-        now += pause(size, limit)
-        number += 1
-    assert number >= 10 * limit // max(sizes) - 10, "slower than it has to be"
+        assert sum(n for _, n in window) <= limit
+        ends = now + after
+    slowest = limit - share if max(sizes) <= share else (limit - share) / 2
+    assert sent >= 20 * slowest - 2 * sum(sizes), "slower than it has to be"
+
+
+def test_the_pause_follows_what_a_request_has_really_taken(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """60,000 a minute are 900 a second, as a tenth is left for the request at a minute's end."""
+    knowledge_base(connection, 5)
+    advance(dsn, "EXPANDED", Request(from_="hash:16", to="hash:32"))
+    connection.execute("""UPDATE revector.migrations SET limits = '{"tokens_per_minute": 60000}'""")
+    purse = Purse(Database(settings(dsn)), one(connection, "SELECT id FROM revector.migrations"), "kb")
+    account = purse.account(2, NEW)
+
+    def after(*, of: float) -> float:
+        return float(one(connection, "SELECT extract(epoch FROM tokens_at)::float8 FROM revector.spending")) - of
+
+    account.before(10)(10)
+    settle = account.before(900)
+    began = after(of=1.0)
+    settle(2700)
+    assert after(of=began) == pytest.approx(3, abs=0.01)
+    assert account.most == 6000
+    account.before(1)(1)
+    assert account.most == 2000, "a batch shrinks as its texts turn out denser"
+    connection.execute("UPDATE revector.spending SET density = 1")
+    first = account.before(900)
+    began = after(of=1.0)
+    first(450)
+    assert after(of=began) == pytest.approx(0.5, abs=0.01)
+    first = account.before(900)
+    second = account.before(900)
+    began = after(of=1.0)
+    first(450)
+    assert after(of=began) == pytest.approx(1, abs=0.01), "others have begun at its end"
+    second(0)
+    assert after(of=began) == pytest.approx(0, abs=0.01)
+    first = account.before(900)
+    account.before(900)
+    began = after(of=1.0)
+    first(1800)
+    assert after(of=began) == pytest.approx(2, abs=0.01)
+    purse.close()
+
+
+def test_a_text_of_many_tokens_gets_its_turn(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A single text may be more than a batch. It waits until it fits into the minute, and those of others wait for it."""
+    knowledge_base(connection, 5)
+    advance(dsn, "EXPANDED", Request(from_="hash:16", to="hash:32"))
+    connection.execute("""UPDATE revector.migrations SET limits = '{"tokens_per_minute": 60000}'""")
+    number = one(connection, "SELECT id FROM revector.migrations")
+    stop, ended = threading.Event(), threading.Event()
+    large = Purse(Database(settings(dsn)), number, "kb", stop=stop.is_set)
+    small = Purse(Database(settings(dsn)), number, "kb", stop=ended.is_set)
+
+    def others() -> None:
+        account = small.account(2, NEW)
+        with suppress(Interrupted):
+            while True:
+                account.before(90)
+
+    other = threading.Thread(target=others)
+    other.start()
+    until(lambda: spent(connection)[1] > 3)
+    account, began = large.account(2, NEW), time.monotonic()
+    settle = account.before(7800)
+    assert 2 <= time.monotonic() - began < 20
+    settle(60)
+
+    def interrupt() -> None:
+        until(lambda: spent(connection)[0] > 50_000)
+        stop.set()
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(Interrupted):
+        account.before(50_000)
+    ended.set()
+    other.join()
+    interrupting.join()
+    counted, requests = spent(connection)
+    assert counted == 90 * (requests - 2) + 60, "what was counted and not sent costs nothing"
+    large.close()
+    small.close()
 
 
 def test_two_processes_share_the_limit(dsn: str, connection: psycopg.Connection[Any], stand: Stand) -> None:
@@ -128,6 +224,52 @@ def test_a_run_stops_before_it_passes_its_budget_and_goes_on(
     assert_exact(connection, "kb", "content", {"embedding": "hash:16", "embedding_g2": "hash:32"}, at_least=60)
     again = spent(connection)[0] - charged
     assert again < charged * 4, "rows that were paid for were embedded again"
+
+
+def dense(request: dict[str, Any]) -> Answer:
+    """Three tokens for every one that we estimate, as where texts are no English prose."""
+    body = good(request)
+    body["usage"] = {"total_tokens": 3 * body["usage"]["total_tokens"]}
+    return 200, {}, body
+
+
+def test_a_budget_holds_where_texts_are_denser_than_estimated(
+    dsn: str, connection: psycopg.Connection[Any], stand: Stand
+) -> None:
+    """What the probes cost tells how dense the provider counts, before the first batch is sent."""
+    knowledge_base(connection, 60)
+    advance(dsn, "EXPANDED", REQUEST)
+    stand.script, since = dense, len(stand.requests)
+    begun = spent(connection)[0]
+    with steering(dsn) as migration:
+        migration.tune({"price": 10000.0, "max_cost": 8.0}, batch_size=25)
+    with pytest.raises(BudgetSpent, match="the next request would cost"), steering(dsn) as migration:
+        migration.run()
+    assert spent(connection)[0] == begun + 3 * tokens(stand, since)
+    assert spent(connection)[0] * 10000 / 1e6 <= 8
+
+
+def test_a_budget_is_passed_by_one_request_at_most(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """The first dense text passes it, in each of two workers at once; what the ledger has learnt holds for both."""
+    knowledge_base(connection, 5)
+    advance(dsn, "EXPANDED", Request(from_="hash:16", to="hash:32"))
+    connection.execute("""UPDATE revector.migrations SET limits = '{"price": 10000, "max_cost": 10}'""")
+    number = one(connection, "SELECT id FROM revector.migrations")
+    purses = [Purse(Database(settings(dsn)), number, "kb") for _ in range(2)]
+    accounts = [purse.account(2, NEW) for purse in purses]
+    accounts[0].before(100)(300)
+    accounts[1].before(10)(500)  # too few to tell
+    with pytest.raises(BudgetSpent, match="the next request would cost 3, and 8 of 10 are spent"):
+        accounts[1].before(100)
+    under_way = [account.before(30) for account in accounts]
+    for settle in under_way:
+        settle(300)
+    assert spent(connection) == (1400, 4)
+    for account in accounts:
+        with pytest.raises(BudgetSpent):
+            account.before(1)
+    for purse in purses:
+        purse.close()
 
 
 def test_tokens_are_counted_even_when_the_write_fails(
@@ -232,7 +374,9 @@ def test_a_limit_that_holds_back_can_be_interrupted_and_lifted(dsn: str, connect
     purse.close()
 
 
-def test_an_account_whose_first_request_is_refused_is_asked_again(dsn: str, connection: psycopg.Connection[Any]) -> None:
+def test_an_account_whose_first_request_is_refused_is_asked_again(
+    dsn: str, connection: psycopg.Connection[Any]
+) -> None:
     """What the refusal rolls back is no account that is there."""
     knowledge_base(connection, 5)
     advance(dsn, "EXPANDED", Request(from_="hash:16", to="hash:32"))

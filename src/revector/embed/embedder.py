@@ -33,11 +33,11 @@ class Meter(Protocol):
     #: Tokens that one request of several texts should not pass; None: no limit.
     most: int | None
 
-    def before(self, tokens: int) -> None:
-        """A request of about so many tokens is to be sent: wait, or raise."""
+    def before(self, tokens: int) -> Callable[[int | None], None]:
+        """A request of about so many tokens is to be sent: wait, or raise. The result wants to know what it has cost.
 
-    def after(self, estimated: int, actual: int | None) -> None:
-        """It cost so many; None: not known."""
+        None: not known.
+        """
 
 
 class Provider(Protocol):

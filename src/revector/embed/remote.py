@@ -145,14 +145,14 @@ class Remote:
         if self._meter is None:
             return self._post(inputs)
         tokens = int(self.count_tokens(inputs).sum())
-        self._meter.before(tokens)
+        settle = self._meter.before(tokens)
         try:
             body = self._post(inputs)
         except RevectorError as error:
             if not (isinstance(error, _Unanswered) and error.unanswered):
-                self._meter.after(tokens, 0)
+                settle(0)
             raise
-        self._meter.after(tokens, _usage(body))
+        settle(_usage(body))
         return body
 
     def _post(self, inputs: list[str]) -> str:
