@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy
-from endings import assert_ended, assert_never_wrong, assert_rests, generations
+from endings import assert_ended, assert_never_wrong, assert_rests, belongings, generations
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from test_hammer import Client
 
@@ -144,6 +144,13 @@ class Reader(Client):
         super().__init__(dsn, seed)
         stale = ("do_text", "do_vector_then_text", "do_save")  # before SERVED their vector stays, as without revector
         self.bare = [kind for kind in self.bare if kind not in stale]
+        #: Whether the model behind the bare name changes while this one works: a vector of the other one is refused.
+        self.swaps = False
+
+    def work(self, stop: threading.Event) -> None:
+        super().work(stop)
+        if self.swapped and not self.swaps:
+            self.died.append(AssertionError(f"{self.swapped} vectors were refused where nothing swaps"))
 
     def row(self) -> int:
         return self.random.randrange(ROWS)
@@ -209,6 +216,7 @@ def road(
 ) -> Counter[str]:
     """Go a road, `act(command)` taking each command, with clients all the way; then the final checks."""
     knowledge_base(connection, ROWS, filler=300)
+    before = belongings(connection)
     counted: Counter[str] = Counter()
     exposed = False
     for turn, command in enumerate(commands):
@@ -223,7 +231,7 @@ def road(
             assert_rests(connection, at_least=ROWS // 2)
         else:
             assert_never_wrong(connection)
-    assert_ended(connection, NEW if commands[-1] == "finalize" else OLD, at_least=ROWS // 2)
+    assert_ended(connection, NEW if commands[-1] == "finalize" else OLD, at_least=ROWS // 2, before=before)
     print(f"seed {SEED}: {sum(counted.values())} statements, {dict(counted)}")
     return counted
 
@@ -277,16 +285,19 @@ def test_aborted_at(stage: str, dsn: str, connection: psycopg.Connection[Any]) -
             raise Enough
 
     knowledge_base(connection, ROWS)
+    before = belongings(connection)
     counted: Counter[str] = Counter()
     commands = {"serve": ("run", "cutover"), "rollback": ("run", "cutover", "rollback")}.get(stage, ("run",))
-    with at_work([Reader(dsn, SEED)], counted):
+    writer = Reader(dsn, SEED)
+    writer.swaps = "cutover" in commands and stage != "serve"
+    with at_work([writer], counted):
         for command in commands:
             try:
                 patiently(dsn, command, enough)
             except Enough:
                 break
         patiently(dsn, "abort")
-    assert_ended(connection, OLD, at_least=ROWS // 2)
+    assert_ended(connection, OLD, at_least=ROWS // 2, before=before)
 
 
 def once_at(steps: Sequence[str], strike: Callable[[], object], dsn: str, kinds: Any = (Effect, Recorded)) -> Any:
@@ -336,6 +347,7 @@ def test_server_crashes_in_each_phase(server: Server) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("CREATE EXTENSION vector")
         knowledge_base(connection, ROWS)
+        before = belongings(connection)
     observe = once_at(IN_EACH, lambda: server.restart("immediate"), dsn, Effect)
     for command in ("run", "expose", "cutover", "rollback", "cutover", "finalize"):
         patiently(dsn, command, observe)
@@ -343,7 +355,7 @@ def test_server_crashes_in_each_phase(server: Server) -> None:
             assert_never_wrong(connection)
     assert {key.split()[0] for key in observe.struck} == set(IN_EACH)
     with psycopg.connect(dsn, autocommit=True) as connection:
-        assert_ended(connection, NEW, at_least=ROWS)
+        assert_ended(connection, NEW, at_least=ROWS, before=before)
 
 
 @pytest.mark.roads
@@ -430,6 +442,7 @@ _HELD_BY_OURS = """
 def test_stopped_while_it_holds_the_lock(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """A process stopped (SIGSTOP) while it holds ACCESS EXCLUSIVE blocks nobody for long: the server goes on without it."""
     knowledge_base(connection, ROWS)
+    before = belongings(connection)
     patiently(dsn, "run")
     patiently(dsn, "expose")
     connection.execute(_SLOW_EVENT)
@@ -462,7 +475,7 @@ def test_stopped_while_it_holds_the_lock(dsn: str, connection: psycopg.Connectio
     fill(dsn, connection)
     assert_rests(connection, at_least=ROWS)
     patiently(dsn, "finalize")
-    assert_ended(connection, NEW, at_least=ROWS)
+    assert_ended(connection, NEW, at_least=ROWS, before=before)
 
 
 @pytest.mark.roads
@@ -471,6 +484,7 @@ def test_long_snapshot_and_rewritten_pages(
 ) -> None:
     """A report's long snapshot over the backfill, VACUUM FULL between a window's read and its write: no row is missed."""
     knowledge_base(connection, ROWS, filler=300)
+    before = belongings(connection)
     connection.execute("DELETE FROM kb WHERE id % 9 = 0")  # so that every row moves when the pages are rewritten
     reporter = psycopg.connect(dsn)
     reporter.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
@@ -485,10 +499,10 @@ def test_long_snapshot_and_rewritten_pages(
         nonlocal encoded
         encoded += 1
         if encoded in (1, 3):
-            before = dict(connection.execute(places).fetchall())
+            stood = dict(connection.execute(places).fetchall())
             connection.execute("VACUUM FULL kb")
             after = dict(connection.execute(places).fetchall())
-            moved.append(sum(before[number] != after[number] for number in before.keys() & after.keys()))
+            moved.append(sum(stood[number] != after[number] for number in stood.keys() & after.keys()))
         return encode(*given, **named)
 
     def observe(observed: Observation) -> None:
@@ -515,7 +529,7 @@ def test_long_snapshot_and_rewritten_pages(
     fill(dsn, connection)
     assert_rests(connection, at_least=ROWS // 2)
     patiently(dsn, "abort")
-    assert_ended(connection, OLD, at_least=ROWS // 2)
+    assert_ended(connection, OLD, at_least=ROWS // 2, before=before)
 
 
 FOREIGN = (
@@ -523,6 +537,13 @@ FOREIGN = (
     "CREATE INDEX kb_title ON kb (title)",
     "ALTER TABLE kb ALTER COLUMN title TYPE varchar(200)",
 )
+#: What those make, as `belongings` tells it.
+FOREIGN_LEAVES = {
+    "column more integer",
+    "column title character varying(200)",
+    "index CREATE INDEX kb_title ON public.kb USING btree (title)",
+    "relation i kb_title",
+}
 
 
 @pytest.mark.roads
@@ -530,6 +551,7 @@ FOREIGN = (
 def test_ddl_by_someone_else(step: str, dsn: str, connection: psycopg.Connection[Any]) -> None:
     """A column, an index and another type of another column, added by someone else in any phase, are theirs to the end."""
     knowledge_base(connection, ROWS)
+    before = belongings(connection)
     observe = once_at((step,), lambda: [connection.execute(statement) for statement in FOREIGN], dsn, Recorded)
     for command in ("run", "cutover", "rollback", "cutover"):
         patiently(dsn, command, observe)
@@ -537,7 +559,7 @@ def test_ddl_by_someone_else(step: str, dsn: str, connection: psycopg.Connection
     fill(dsn, connection)
     assert_rests(connection, at_least=ROWS)
     patiently(dsn, "finalize")
-    assert_ended(connection, NEW, at_least=ROWS)
+    assert_ended(connection, NEW, at_least=ROWS, before=before - {"column title text"} | FOREIGN_LEAVES)
     assert one(connection, "SELECT sum(more) FROM kb") == 3 * ROWS
     assert one(connection, "SELECT to_regclass('kb_title') IS NOT NULL")
 
@@ -547,6 +569,7 @@ def test_ddl_by_someone_else(step: str, dsn: str, connection: psycopg.Connection
 def test_renamed_by_someone_else(step: str, dsn: str, connection: psycopg.Connection[Any]) -> None:
     """A table that gets another name in between is refused or worked on; with its name back it goes on to the end."""
     knowledge_base(connection, ROWS)
+    before = belongings(connection)
     observe = once_at((step,), lambda: connection.execute("ALTER TABLE kb RENAME TO renamed"), dsn, Recorded)
     for command in ("run", "cutover"):
         try:
@@ -560,7 +583,7 @@ def test_renamed_by_someone_else(step: str, dsn: str, connection: psycopg.Connec
     fill(dsn, connection)
     assert_rests(connection, at_least=ROWS)
     patiently(dsn, "finalize")
-    assert_ended(connection, NEW, at_least=ROWS)
+    assert_ended(connection, NEW, at_least=ROWS, before=before)
 
 
 def main() -> None:
