@@ -29,6 +29,10 @@ from revector.work import Observation, Recorded
 BYTES = 950
 BUDGET_MS = 200
 STATEMENTS = 20_000
+#: Writers during the swaps; one alone could not keep to its share beside transactions of 50 ms and the swaps' waits.
+WRITERS, WRITES_A_SECOND = 12, 100
+#: Rows a second of our backfill while it is searched.
+BACKFILL_PACE = 500
 
 
 @dataclass
@@ -147,9 +151,17 @@ class Client:
     rows: int
     statements: int = 0
     errors: list[str] = field(default_factory=list)
+    #: What ended it before it was told to stop.
+    died: BaseException | None = None
     stop: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self.died = error
+
+    def _work(self) -> None:
         chance, embedder = random.Random(self.seed), Embedder(self.model)
         with psycopg.connect(self.dsn, autocommit=True, options=f"-csearch_path={self.path}") as connection:
             register_vector(connection)
@@ -185,11 +197,15 @@ def at_work(clients: list[Client]) -> Iterator[None]:
             client.stop.set()
         for thread in threads:
             thread.join()
+    # Outside the `finally`, so that it hides nothing that went wrong in the block.
+    if dead := [repr(client.died) for client in clients if client.died]:
+        raise RuntimeError(f"{len(dead)} of {len(clients)} clients died: {dead[0]}")
 
 
 def errors(dsn: str, size: Size) -> Row:
     """Both versions on their views through the whole way and a rollback, against a rename at once."""
-    small = Size(min(size.rows, 2_000), "hash:8", "hash:16")
+    # Small by default, so that `make bench` stays quick; at full size when asked for more than the default.
+    small = size if size.rows > Size.rows else Size(min(size.rows, 2_000), "hash:8", "hash:16")
     settings = Settings(database_url=dsn)
     with psycopg.connect(dsn, autocommit=True) as connection:
         make_table(connection, small)
@@ -242,28 +258,47 @@ def errors(dsn: str, size: Size) -> Row:
 def pauses(dsn: str, size: Size) -> list[Row]:
     """Ten swaps under 100 writes a second, each in an application transaction of 50 ms."""
     stop = threading.Event()
+    died: list[BaseException] = []
+    #: How many transactions each writer has committed.
+    committed = [0] * WRITERS
 
     def write(seed: int) -> None:
-        chance = random.Random(seed)
-        with psycopg.connect(dsn) as connection:
-            while not stop.is_set():
-                values = (f"text {chance.random()}", chance.randrange(size.rows))
-                connection.execute("UPDATE kb SET content = %s WHERE id = %s", values)
-                time.sleep(0.05)
-                connection.commit()
+        chance, began = random.Random(seed), time.monotonic()
+        try:
+            with psycopg.connect(dsn) as connection:
+                while not stop.is_set():
+                    values = (f"text {chance.random()}", chance.randrange(size.rows))
+                    connection.execute("UPDATE kb SET content = %s WHERE id = %s", values)
+                    time.sleep(0.05)
+                    connection.commit()
+                    committed[seed] += 1
+                    # By the clock, so that one that had to wait catches up; the writers begin spread over a turn.
+                    due = began + (committed[seed] + seed / WRITERS) * WRITERS / WRITES_A_SECOND
+                    stop.wait(max(0.0, due - time.monotonic()))
+        except BaseException as error:
+            died.append(error)
 
     @contextlib.contextmanager
     def writing() -> Iterator[None]:
         stop.clear()
-        threads = [threading.Thread(target=write, args=(seed,)) for seed in range(5)]
+        committed[:] = [0] * WRITERS
+        threads = [threading.Thread(target=write, args=(seed,)) for seed in range(WRITERS)]
+        began = time.monotonic()
         for thread in threads:
             thread.start()
         try:
             yield
         finally:
+            reached = sum(committed) / (time.monotonic() - began)
             stop.set()
             for thread in threads:
                 thread.join()
+        if died:
+            raise RuntimeError(f"{len(died)} of {WRITERS} writers died: {died[0]!r}")
+        if not 0.9 * WRITES_A_SECOND <= reached <= 1.1 * WRITES_A_SECOND:
+            raise RuntimeError(
+                f"{reached:.0f} writes a second were made, not {WRITES_A_SECOND}: the pauses tell nothing"
+            )
 
     settings = Settings(database_url=dsn)
     with psycopg.connect(dsn, autocommit=True) as connection:
@@ -320,6 +355,15 @@ def searched(dsn: str, size: Size, working: Callable[[], bool]) -> float:
     return float(statistics.quantiles(times, n=20)[-1])
 
 
+def _at_its_pace(connection: psycopg.Connection[Any], size: Size, seconds: float, ended: bool) -> None:
+    """A backfill that stands still, or is done at once, tells nothing about the searches beside it."""
+    written = connection.execute("SELECT count(embedding_g2) FROM kb").fetchone()[0]  # type: ignore[index]
+    if ended and written < size.rows:
+        raise RuntimeError(f"the backfill ended with {written:,} of {size.rows:,} rows written")
+    if not 0.6 * BACKFILL_PACE <= written / seconds <= 1.4 * BACKFILL_PACE:
+        raise RuntimeError(f"the backfill wrote {written / seconds:.0f} rows a second, not about {BACKFILL_PACE}")
+
+
 def search_beside(dsn: str, size: Size, runs: int) -> Row:
     """Search by the old version during a backfill at 500 rows a second, against idle and against the usual way."""
 
@@ -339,10 +383,14 @@ def search_beside(dsn: str, size: Size, runs: int) -> Row:
                     )
                     while not connection.execute(filled).fetchone()[0]:  # type: ignore[index]
                         time.sleep(0.05)
-                    ends = time.monotonic() + 12
-                    p95 = searched(dsn, size, lambda p=process, e=ends: p.poll() is None and time.monotonic() < e)
+                    began = time.monotonic()
+                    p95 = searched(dsn, size, lambda p=process, e=began + 12: p.poll() is None and time.monotonic() < e)
+                    seconds, ended = time.monotonic() - began, process.poll()
                     process.kill()
+                if ended:
+                    raise RuntimeError(f"the backfill ({kind}) ended with status {ended} while it was searched")
                 if kind == "ours":
+                    _at_its_pace(connection, size, seconds, ended is not None)
                     ours.append(p95)
                     ratios.append(p95 / before)
                 else:
@@ -403,7 +451,7 @@ def main() -> int:
         kind, dsn, old, new = sys.argv[1:]
         size = Size(0, old, new)
         if kind == "--ours":
-            our_way(dsn, size, until="backfill", tuning={"max_rows_per_second": 500})
+            our_way(dsn, size, until="backfill", tuning={"max_rows_per_second": BACKFILL_PACE})
         else:
             with psycopg.connect(dsn, autocommit=True) as connection:
                 register_vector(connection)

@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from fix_tables import NEW, OLD, assert_exact, assert_no_leftovers, names, one, stage_of
+from fix_tables import NEW, OLD, assert_exact, assert_no_leftovers, names, oid_of, one, stage_of
 
 #: The models of the roads differ in dimension, so that a column's type tells whose vectors it must hold.
 MODEL_OF = {"vector(16)": OLD, "vector(32)": NEW}
@@ -18,6 +18,23 @@ LEDGER = {"ledger", "generations", "migrations", "objects", "windows", "failures
 _LEDGER = """
     SELECT c.relname FROM pg_class c WHERE c.relnamespace = to_regnamespace('revector')
        AND c.relkind IN ('r', 'p', 'v', 'm') AND c.relname !~ '^backup_' ORDER BY 1
+"""
+_BELONGINGS = """
+    WITH mine AS (SELECT oid FROM pg_namespace WHERE nspname !~ '^(pg_|information_schema$|revector$)')
+    SELECT 'column ' || attname || ' ' || regexp_replace(format_type(atttypid, atttypmod), '^(vector).*', '\\1')
+           || CASE WHEN attnotnull THEN ' NOT NULL' ELSE '' END
+      FROM pg_attribute WHERE attrelid = %(table)s::oid AND attnum > 0 AND NOT attisdropped
+    UNION ALL SELECT 'index ' || pg_get_indexdef(indexrelid) || CASE WHEN indisvalid THEN '' ELSE ' INVALID' END
+      FROM pg_index WHERE indrelid = %(table)s::oid
+    UNION ALL SELECT 'constraint ' || conname || ' ' || pg_get_constraintdef(oid)
+      FROM pg_constraint WHERE conrelid = %(table)s::oid
+    UNION ALL SELECT 'trigger ' || pg_get_triggerdef(oid)
+      FROM pg_trigger WHERE tgrelid = %(table)s::oid AND NOT tgisinternal
+    UNION ALL SELECT 'relation ' || relkind::text || ' ' || oid::regclass FROM pg_class WHERE relnamespace IN (TABLE mine)
+    UNION ALL SELECT 'function ' || oid::regprocedure FROM pg_proc p WHERE pronamespace IN (TABLE mine)
+       AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = p.oid AND d.classid = 'pg_proc'::regclass AND d.deptype = 'e')
+    UNION ALL SELECT 'schema ' || nspname FROM pg_namespace WHERE oid IN (TABLE mine)
+    UNION ALL SELECT 'settings ' || coalesce(array_to_string(reloptions, ','), '') FROM pg_class WHERE oid = %(table)s::oid
 """
 
 
@@ -38,8 +55,27 @@ def assert_rests(connection: psycopg.Connection[Any], table: str = "kb", *, at_l
     assert_exact(connection, table, "content", generations(connection, table), at_least=at_least)
 
 
-def assert_ended(connection: psycopg.Connection[Any], model: str, table: str = "kb", *, at_least: int = 1) -> None:
-    """After abort and finalize: one exact vector column under its own name, strict again, and nothing of ours."""
+def belongings(connection: psycopg.Connection[Any], table: str = "kb") -> set[str]:
+    """What the database holds outside our schema, by name and definition; a vector's dimension is left out.
+
+    Taken before a road and compared at its end: what is missing was the user's, what is more was left behind by us.
+    """
+    rows = connection.execute(_BELONGINGS, {"table": oid_of(connection, table)}).fetchall()
+    return {told for (told,) in rows}
+
+
+def assert_ended(
+    connection: psycopg.Connection[Any],
+    model: str,
+    table: str = "kb",
+    *,
+    at_least: int = 1,
+    before: set[str] | None = None,
+) -> None:
+    """After abort and finalize: one exact vector column under its own name, strict again, and nothing of ours.
+
+    `before`: the `belongings` before the road, with what somebody else has changed since; they must be there again.
+    """
     assert stage_of(connection)[0] in ("ABORTED", "FINALIZED")
     assert generations(connection, table) == {"embedding": model}
     assert_rests(connection, table, at_least=at_least)
@@ -47,6 +83,9 @@ def assert_ended(connection: psycopg.Connection[Any], model: str, table: str = "
     assert one(connection, strict, table) is True, "NOT NULL was not given back"
     assert_no_leftovers(connection, table)
     assert_ledger_only(connection)
+    if before is not None:
+        after = belongings(connection, table)
+        assert after == before, f"gone: {sorted(before - after)}; left behind: {sorted(after - before)}"
 
 
 def ledger_tables(connection: psycopg.Connection[Any]) -> list[str]:

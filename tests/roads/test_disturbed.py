@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy
-from endings import assert_ended, assert_never_wrong, assert_rests, generations
+from endings import assert_ended, assert_never_wrong, assert_rests, belongings, generations
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from test_hammer import Client
 
@@ -26,11 +26,13 @@ from fix_tables import NEW, OLD, fill, knowledge_base, one, stage_of, steering, 
 from revector import Request
 from revector.embedded import Server, create_database
 from revector.errors import Resumable
-from revector.phases import verify
+from revector.phases import backfill, verify
 from revector.plan import Consents
 from revector.work import Effect, Observation, Recorded
 
 ROWS = 120
+#: Rows and fewest blocks in a window of the backfill's first sweep; the table has four times as many or more.
+WINDOW_ROWS, WINDOW_BLOCKS = 30, (2, 512)
 SEED = int(os.environ.get("REVECTOR_SEED", "20"))
 REQUEST = Request(from_=OLD, to=NEW, batch_size=16, consents=Consents(include_null=True))
 #: The roads of the issue, aborts at each stage beside them. A command stands for the process that an operator starts.
@@ -57,7 +59,9 @@ class Version(Client):
 
     def work(self, stop: threading.Event) -> None:
         path = "rv_kb_g1" if self.model == OLD else "rv_kb_g2"
-        self.dsn = psycopg.conninfo.make_conninfo(self.dsn, options=f"-csearch_path={path},public")
+        # Every edit leaves a dead element in the HNSW index, and a scan that meets only those finds nothing: it goes on.
+        options = f"-csearch_path={path},public -chnsw.iterative_scan=relaxed_order"
+        self.dsn = psycopg.conninfo.make_conninfo(self.dsn, options=options)
         super().work(stop)
         if self.swapped:
             self.died.append(AssertionError(f"{self.swapped} errors of a wrong dimension on {path}"))
@@ -140,6 +144,13 @@ class Reader(Client):
         super().__init__(dsn, seed)
         stale = ("do_text", "do_vector_then_text", "do_save")  # before SERVED their vector stays, as without revector
         self.bare = [kind for kind in self.bare if kind not in stale]
+        #: Whether the model behind the bare name changes while this one works: a vector of the other one is refused.
+        self.swaps = False
+
+    def work(self, stop: threading.Event) -> None:
+        super().work(stop)
+        if self.swapped and not self.swaps:
+            self.died.append(AssertionError(f"{self.swapped} vectors were refused where nothing swaps"))
 
     def row(self) -> int:
         return self.random.randrange(ROWS)
@@ -205,6 +216,7 @@ def road(
 ) -> Counter[str]:
     """Go a road, `act(command)` taking each command, with clients all the way; then the final checks."""
     knowledge_base(connection, ROWS, filler=300)
+    before = belongings(connection)
     counted: Counter[str] = Counter()
     exposed = False
     for turn, command in enumerate(commands):
@@ -219,7 +231,7 @@ def road(
             assert_rests(connection, at_least=ROWS // 2)
         else:
             assert_never_wrong(connection)
-    assert_ended(connection, NEW if commands[-1] == "finalize" else OLD, at_least=ROWS // 2)
+    assert_ended(connection, NEW if commands[-1] == "finalize" else OLD, at_least=ROWS // 2, before=before)
     print(f"seed {SEED}: {sum(counted.values())} statements, {dict(counted)}")
     return counted
 
@@ -235,8 +247,17 @@ def started(*arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_and_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backfill of several windows, so that what strikes at the first one strikes an unfinished backfill."""
+    monkeypatch.setattr(backfill, "_WINDOW_BLOCKS", WINDOW_BLOCKS)
+    monkeypatch.setattr(backfill, "_WINDOW_ROWS", WINDOW_ROWS)
     monkeypatch.setattr(verify, "LOOK_AGAIN", 0.3)
+
+
+def assert_in_the_middle(connection: psycopg.Connection[Any]) -> None:
+    """Some rows have been written into the candidate, and some have not."""
+    pending, rows = connection.execute("SELECT count(*) - count(embedding_g2), count(*) FROM kb").fetchone() or (0, 0)
+    assert 0 < pending < rows, f"{pending} of {rows} rows are pending: the backfill is not under way"
 
 
 @pytest.mark.roads
@@ -255,25 +276,32 @@ def test_aborted_at(stage: str, dsn: str, connection: psycopg.Connection[Any]) -
     class Enough(Exception):
         pass
 
+    step = "backfill.window" if stage == "backfill" else stage
+
     def enough(seen: Observation) -> None:
-        if isinstance(seen, Recorded) and seen.step == stage:
+        if isinstance(seen, Recorded) and seen.step == step:
+            if step == "backfill.window":
+                assert_in_the_middle(connection)
             raise Enough
 
     knowledge_base(connection, ROWS)
+    before = belongings(connection)
     counted: Counter[str] = Counter()
     commands = {"serve": ("run", "cutover"), "rollback": ("run", "cutover", "rollback")}.get(stage, ("run",))
-    with at_work([Reader(dsn, SEED)], counted):
+    writer = Reader(dsn, SEED)
+    writer.swaps = "cutover" in commands and stage != "serve"
+    with at_work([writer], counted):
         for command in commands:
             try:
                 patiently(dsn, command, enough)
             except Enough:
                 break
         patiently(dsn, "abort")
-    assert_ended(connection, OLD, at_least=ROWS // 2)
+    assert_ended(connection, OLD, at_least=ROWS // 2, before=before)
 
 
-def once_at(steps: Sequence[str], strike: Callable[[], object], kinds: Any = (Effect, Recorded)) -> Any:
-    """An observer that strikes the first time that each step is seen."""
+def once_at(steps: Sequence[str], strike: Callable[[], object], dsn: str, kinds: Any = (Effect, Recorded)) -> Any:
+    """An observer that strikes the first time that each step is seen; a window's is in the middle of the backfill."""
     struck: set[str] = set()
 
     def observe(seen: Observation) -> None:
@@ -282,6 +310,9 @@ def once_at(steps: Sequence[str], strike: Callable[[], object], kinds: Any = (Ef
             and seen.step in steps
             and (key := f"{seen.step} {type(seen).__name__}") not in struck
         ):
+            if seen.step == "backfill.window":
+                with psycopg.connect(dsn, autocommit=True) as connection:
+                    assert_in_the_middle(connection)
             struck.add(key)
             strike()
 
@@ -303,7 +334,7 @@ def cut_ours(connection: psycopg.Connection[Any]) -> None:
 @pytest.mark.roads
 def test_connections_are_cut_in_each_phase(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """pg_terminate_backend of everything of ours, before and after the ledger row of each phase: the same command goes on."""
-    observe = once_at(IN_EACH, lambda: cut_ours(connection))
+    observe = once_at(IN_EACH, lambda: cut_ours(connection), dsn)
     commands = ("run", "expose", "cutover", "rollback", "cutover", "finalize")
     road(dsn, connection, commands, lambda command: bool(patiently(dsn, command, observe)) and None)
     assert {key.split()[0] for key in observe.struck} == set(IN_EACH)
@@ -316,14 +347,15 @@ def test_server_crashes_in_each_phase(server: Server) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("CREATE EXTENSION vector")
         knowledge_base(connection, ROWS)
-    observe = once_at(IN_EACH, lambda: server.restart("immediate"), Effect)
+        before = belongings(connection)
+    observe = once_at(IN_EACH, lambda: server.restart("immediate"), dsn, Effect)
     for command in ("run", "expose", "cutover", "rollback", "cutover", "finalize"):
         patiently(dsn, command, observe)
         with psycopg.connect(dsn, autocommit=True) as connection:
             assert_never_wrong(connection)
     assert {key.split()[0] for key in observe.struck} == set(IN_EACH)
     with psycopg.connect(dsn, autocommit=True) as connection:
-        assert_ended(connection, NEW, at_least=ROWS)
+        assert_ended(connection, NEW, at_least=ROWS, before=before)
 
 
 @pytest.mark.roads
@@ -415,6 +447,7 @@ _HELD_BY_OURS = """
 def test_stopped_while_it_holds_the_lock(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """A process stopped (SIGSTOP) while it holds ACCESS EXCLUSIVE blocks nobody for long: the server goes on without it."""
     knowledge_base(connection, ROWS)
+    before = belongings(connection)
     patiently(dsn, "run")
     patiently(dsn, "expose")
     connection.execute(_SLOW_EVENT)
@@ -447,40 +480,61 @@ def test_stopped_while_it_holds_the_lock(dsn: str, connection: psycopg.Connectio
     fill(dsn, connection)
     assert_rests(connection, at_least=ROWS)
     patiently(dsn, "finalize")
-    assert_ended(connection, NEW, at_least=ROWS)
+    assert_ended(connection, NEW, at_least=ROWS, before=before)
 
 
 @pytest.mark.roads
-def test_long_snapshot_and_rewritten_pages(dsn: str, connection: psycopg.Connection[Any]) -> None:
-    """A report's long snapshot over the backfill, and VACUUM FULL between the windows: no row is missed or wrong."""
+def test_long_snapshot_and_rewritten_pages(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report's long snapshot over the backfill, VACUUM FULL between a window's read and its write: no row is missed."""
     knowledge_base(connection, ROWS, filler=300)
+    before = belongings(connection)
+    connection.execute("DELETE FROM kb WHERE id % 9 = 0")  # so that every row moves when the pages are rewritten
     reporter = psycopg.connect(dsn)
     reporter.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
     # It holds a snapshot, and no lock on the table, for which VACUUM FULL would wait.
     assert one(reporter, "SELECT count(*) FROM pg_class")
-    seen: Counter[str] = Counter()
+    encoded, moved = 0, []
+    places = "SELECT id, ctid::text FROM kb WHERE embedding_g2 IS NULL"
+    encode = backfill.encode
+
+    def encode_rewritten(*given: Any, **named: Any) -> Any:
+        """The rows have been read and are not written yet."""
+        nonlocal encoded
+        encoded += 1
+        if encoded in (1, 3):
+            stood = dict(connection.execute(places).fetchall())
+            connection.execute("VACUUM FULL kb")
+            after = dict(connection.execute(places).fetchall())
+            moved.append(sum(stood[number] != after[number] for number in stood.keys() & after.keys()))
+        return encode(*given, **named)
 
     def observe(observed: Observation) -> None:
-        if isinstance(observed, Recorded) and observed.step == "backfill.window":
-            seen["window"] += 1
-            if seen["window"] in (1, 3):
-                connection.execute("VACUUM FULL kb")
         if isinstance(observed, Recorded) and observed.step == "backfill" and not reporter.closed:
             reporter.close()  # CREATE INDEX CONCURRENTLY waits for it, and says so
 
+    monkeypatch.setattr(backfill, "encode", encode_rewritten)
+    # No update is HOT under that snapshot: the backfill would rest for minutes.
+    monkeypatch.setattr(backfill, "_LONGEST_GAP", 0.05)
+    counted: Counter[str] = Counter()
+    writer = Reader(dsn, SEED)
+    writer.pace = 0.1  # what it updates cannot be pruned: the table swells
     try:
-        patiently(dsn, "run", observe)
+        with at_work([writer], counted):
+            patiently(dsn, "run", observe)
     finally:
         reporter.close()
-    assert seen["window"]
-    assert_rests(connection, at_least=ROWS)
+    # The second rewrite puts the rows in another file, where the snapshot keeps the dead ones: few or none move.
+    assert len(moved) == 2 and moved[0] > ROWS // 2, f"rows that a rewrite moved under an open window: {moved}"
+    assert_never_wrong(connection)
     patiently(dsn, "cutover")
     connection.execute("VACUUM FULL kb")
     patiently(dsn, "rollback")
     fill(dsn, connection)
-    assert_rests(connection, at_least=ROWS)
+    assert_rests(connection, at_least=ROWS // 2)
     patiently(dsn, "abort")
-    assert_ended(connection, OLD, at_least=ROWS)
+    assert_ended(connection, OLD, at_least=ROWS // 2, before=before)
 
 
 FOREIGN = (
@@ -488,6 +542,13 @@ FOREIGN = (
     "CREATE INDEX kb_title ON kb (title)",
     "ALTER TABLE kb ALTER COLUMN title TYPE varchar(200)",
 )
+#: What those make, as `belongings` tells it.
+FOREIGN_LEAVES = {
+    "column more integer",
+    "column title character varying(200)",
+    "index CREATE INDEX kb_title ON public.kb USING btree (title)",
+    "relation i kb_title",
+}
 
 
 @pytest.mark.roads
@@ -495,14 +556,15 @@ FOREIGN = (
 def test_ddl_by_someone_else(step: str, dsn: str, connection: psycopg.Connection[Any]) -> None:
     """A column, an index and another type of another column, added by someone else in any phase, are theirs to the end."""
     knowledge_base(connection, ROWS)
-    observe = once_at((step,), lambda: [connection.execute(statement) for statement in FOREIGN], Recorded)
+    before = belongings(connection)
+    observe = once_at((step,), lambda: [connection.execute(statement) for statement in FOREIGN], dsn, Recorded)
     for command in ("run", "cutover", "rollback", "cutover"):
         patiently(dsn, command, observe)
     assert observe.struck
     fill(dsn, connection)
     assert_rests(connection, at_least=ROWS)
     patiently(dsn, "finalize")
-    assert_ended(connection, NEW, at_least=ROWS)
+    assert_ended(connection, NEW, at_least=ROWS, before=before - {"column title text"} | FOREIGN_LEAVES)
     assert one(connection, "SELECT sum(more) FROM kb") == 3 * ROWS
     assert one(connection, "SELECT to_regclass('kb_title') IS NOT NULL")
 
@@ -512,7 +574,8 @@ def test_ddl_by_someone_else(step: str, dsn: str, connection: psycopg.Connection
 def test_renamed_by_someone_else(step: str, dsn: str, connection: psycopg.Connection[Any]) -> None:
     """A table that gets another name in between is refused or worked on; with its name back it goes on to the end."""
     knowledge_base(connection, ROWS)
-    observe = once_at((step,), lambda: connection.execute("ALTER TABLE kb RENAME TO renamed"), Recorded)
+    before = belongings(connection)
+    observe = once_at((step,), lambda: connection.execute("ALTER TABLE kb RENAME TO renamed"), dsn, Recorded)
     for command in ("run", "cutover"):
         try:
             patiently(dsn, command, observe)
@@ -525,13 +588,13 @@ def test_renamed_by_someone_else(step: str, dsn: str, connection: psycopg.Connec
     fill(dsn, connection)
     assert_rests(connection, at_least=ROWS)
     patiently(dsn, "finalize")
-    assert_ended(connection, NEW, at_least=ROWS)
+    assert_ended(connection, NEW, at_least=ROWS, before=before)
 
 
 def main() -> None:
     """A process of one command, for tests that kill it or stop it."""
     dsn, command = sys.argv[1:]
-    verify.LOOK_AGAIN = 0.3
+    backfill._WINDOW_BLOCKS, backfill._WINDOW_ROWS, verify.LOOK_AGAIN = WINDOW_BLOCKS, WINDOW_ROWS, 0.3
     print("ready", flush=True)
     with steering(dsn) as migration:
         call(migration, command)

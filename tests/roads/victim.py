@@ -7,13 +7,15 @@ import signal
 import sys
 
 from revector import Migration, Request, Settings
-from revector.phases import verify
+from revector.phases import backfill, verify
 from revector.plan import Consents
 from revector.work import Effect, Observation, Recorded
 
 TABLE = "kb"
 #: A writer keeps rows pending all the time: the second look comes soon, so that the tests do.
 verify.LOOK_AGAIN = 0.5
+#: Several windows in a small table, so that the first one's end is in the middle of the backfill.
+backfill._WINDOW_BLOCKS, backfill._WINDOW_ROWS = (2, 512), 20
 
 
 def command(migration: Migration, name: str) -> None:
