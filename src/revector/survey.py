@@ -500,7 +500,8 @@ def _time_index(session: Session, plan: Plan, target: TargetIndex) -> float:
                 block("survey", "trial_rows", **parts), rows=_INDEX_ROWS, dimension=plan.new.model.dimension
             )
             began = time.monotonic()
-            session.execute(block("survey", "trial_index", parameters=with_clause(target.parameters), **parts))
+            trial = {"key": raw(target.key("v")), "parameters": with_clause(target.parameters)}
+            session.execute(block("survey", "trial_index", **trial, **parts))
             seconds = time.monotonic() - began
             raise _RolledBack
     except _RolledBack:

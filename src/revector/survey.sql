@@ -13,4 +13,4 @@ SELECT ('[' || string_agg((random() - 0.5)::real::text, ',') || ']')::{type}
 -- name: trial_index
 -- The build that is timed.
 -- lock: none
-CREATE INDEX ON pg_temp.rv_trial USING {method} (v {opclass}){parameters};
+CREATE INDEX ON pg_temp.rv_trial USING {method} ({key} {opclass}){parameters};

@@ -57,6 +57,8 @@ class Shape:
     dimension: bool = True
     #: Server version from which the shape exists.
     since: int = 150000
+    #: What the column is cast to where it is searched.
+    cast: str = ""
 
 
 def both(title: str, content: str) -> str:
@@ -87,6 +89,10 @@ SHAPES = {
     "halfvec without a dimension": Shape(
         type="halfvec", dimension=False,
         indexes=("CREATE INDEX kb_embedding_idx ON kb USING hnsw ((embedding::halfvec(16)) halfvec_cosine_ops)",),
+    ),
+    "searched as halfvec": Shape(
+        indexes=("CREATE INDEX kb_embedding_idx ON kb USING hnsw ((embedding::halfvec(16)) halfvec_cosine_ops)",),
+        cast="halfvec",
     ),
     "several indexes": Shape(
         indexes=(
@@ -193,7 +199,8 @@ def uses(connection: psycopg.Connection[Any], made: Shape, model: str) -> None:
     connection.execute("SET enable_seqscan = off")
     for index, metric in made.searched if made.rows and (made.indexes or model == made.new) else ():
         operator, _, condition = metric.partition(" ")
-        cast = "" if made.dimension else f"::{made.type}({model.partition(':')[2]})"
+        kind = made.cast or ("" if made.dimension else made.type)
+        cast = f"::{kind}({model.partition(':')[2]})" if kind else ""
         plan = connection.execute(
             f"EXPLAIN SELECT n FROM kb {condition} ORDER BY embedding{cast} {OPERATORS[operator]}"
             f" '{vector(model, 'anything')}' LIMIT 3"
