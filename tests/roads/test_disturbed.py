@@ -40,6 +40,8 @@ ROADS = {
     "complete": ("run", "expose", "cutover", "finalize"),
     "there and back": ("run", "expose", "cutover", "rollback", "cutover", "rollback", "abort"),
 }
+#: Statements that leave another text's vector where no trigger guards it, as they do without revector.
+STALE = ("do_text", "do_vector_then_text", "do_save")
 ABORTED_AT = ("plan", "expand", "backfill", "index", "verify", "serve", "rollback")
 
 
@@ -142,8 +144,7 @@ class Reader(Client):
 
     def __init__(self, dsn: str, seed: int) -> None:
         super().__init__(dsn, seed)
-        stale = ("do_text", "do_vector_then_text", "do_save")  # before SERVED their vector stays, as without revector
-        self.bare = [kind for kind in self.bare if kind not in stale]
+        self.bare = [kind for kind in self.bare if kind not in STALE]
         #: Whether the model behind the bare name changes while this one works: a vector of the other one is refused.
         self.swaps = False
 
@@ -206,6 +207,16 @@ def both(dsn: str, seed: int) -> list[Client]:
     return [Version(dsn, seed, OLD), Version(dsn, seed + 1, NEW), Orm(dsn, seed + 2, OLD), Orm(dsn, seed + 3, NEW)]
 
 
+def staying(dsn: str, seed: int, command: str) -> list[Client]:
+    """The version that stays works on its view while finalize or abort closes; its edits bring their vectors along.
+
+    The trigger goes first: an edit without a vector leaves the old one then, as it does without revector.
+    """
+    client = Version(dsn, seed, NEW if command == "finalize" else OLD)
+    client.bare = [kind for kind in client.bare if kind not in STALE]
+    return [client]
+
+
 def road(
     dsn: str,
     connection: psycopg.Connection[Any],
@@ -222,7 +233,7 @@ def road(
     for turn, command in enumerate(commands):
         ending = command in ("abort", "finalize")
         old = [Reader(dsn, 10 * turn + 1)] if command == "run" else []
-        working = old if not exposed else [] if ending else both(dsn, 10 * turn)
+        working = old if not exposed else staying(dsn, 10 * turn, command) if ending else both(dsn, 10 * turn)
         with at_work(working if clients else [], counted):
             act(command)
         exposed = exposed or command == "expose"

@@ -8,7 +8,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from endings import assert_ended, assert_never_wrong, assert_rests, generations
+from endings import assert_ended, assert_never_wrong, assert_rests, belongings, generations
 from hypothesis import HealthCheck, note, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
@@ -24,7 +24,7 @@ from psycopg import sql
 
 from fix_tables import NEW, OLD, REQUEST, Halt, body, fill, halting, knowledge_base, one, stage_of, steering, vector
 from revector.errors import RevectorError
-from revector.phases import verify
+from revector.phases import backfill, verify
 
 ROWS = 12
 SEED = int(os.environ.get("REVECTOR_SEED", "3"))
@@ -45,7 +45,8 @@ def machine(connection: psycopg.Connection[Any], dsn: str, seen: set[str]) -> ty
             connection.execute("DROP TABLE IF EXISTS kb CASCADE; DROP SCHEMA IF EXISTS revector CASCADE")
             for (name,) in connection.execute("SELECT nspname FROM pg_namespace WHERE nspname ~ '^rv_'").fetchall():
                 connection.execute(sql.SQL("DROP SCHEMA {} CASCADE").format(sql.Identifier(name)))
-            knowledge_base(connection, ROWS)
+            knowledge_base(connection, ROWS, filler=1500)  # four rows a page
+            self.before = belongings(connection)
             self.key, self.turn = 1000, 0
             for command in start:
                 getattr(self, command)(stop=None)
@@ -180,7 +181,7 @@ def machine(connection: psycopg.Connection[Any], dsn: str, seen: set[str]) -> ty
                 with steering(dsn) as migration:
                     migration.unexpose()
                 break
-            assert_ended(connection, generations(connection)["embedding"])
+            assert_ended(connection, generations(connection)["embedding"], before=self.before)
 
         def teardown(self) -> None:
             if not hasattr(self, "key"):
@@ -219,17 +220,22 @@ def walk(dsn: str, connection: psycopg.Connection[Any], examples: int, steps: in
     assert seen >= {"VERIFIED", "SERVED", "CUT_OVER"}, f"these walks came no further than {seen}"
 
 
+@pytest.fixture(autouse=True)
+def _small_and_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One page is a window, so that an end at `backfill.window` leaves a backfill that is not done."""
+    monkeypatch.setattr(backfill, "_WINDOW_BLOCKS", (1, 512))
+    monkeypatch.setattr(backfill, "_WINDOW_ROWS", 4)
+    monkeypatch.setattr(verify, "LOOK_AGAIN", 0.2)
+
+
 @pytest.mark.roads
-@pytest.mark.slow
-def test_walk(dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walk(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """Commands, ends of the process and writes in any order leave no vector wrong, and the table can always be closed."""
-    monkeypatch.setattr(verify, "LOOK_AGAIN", 0.2)
-    walk(dsn, connection, 5, 6)
+    walk(dsn, connection, 25, 15)
 
 
 @pytest.mark.roads
 @pytest.mark.slow
-def test_long_walk(dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same, for a hundred walks."""
-    monkeypatch.setattr(verify, "LOOK_AGAIN", 0.2)
+def test_long_walk(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """The same, for a hundred longer walks."""
     walk(dsn, connection, 100, 30)
