@@ -679,6 +679,8 @@ class Filler:
         #: (leaf, place, hash of the text) -> when a look found it pending first; those of the last walk alone.
         self.seen: dict[tuple[int, str, int], float] = {}
         self._met: dict[tuple[int, str, int], float] = {}
+        #: Rows that the last walk met and did not fill.
+        self._skipped = 0
         # A TID range scan from the last place on would read the whole table; the pending index is tiny.
         self.reader = work.database.connect("follower", enable_seqscan="off", enable_tidscan="off")
         self._writer = writer(work)
@@ -725,7 +727,7 @@ class Filler:
         A locked row is skipped and met again on the next walk, so a locked head cannot starve the rest. A model that
         fails keeps nobody from the other generation's rows. Raises what failed, at the end, unless this endures.
         """
-        self._met = {}
+        self._met, self._skipped = {}, 0
         ledger = self.work.ledger_on(self.session)
         swapped = ledger.unsettled(self.work.plan.old.number)
         due = [number for number in self.troubles if time.monotonic() >= self.troubles[number].again]
@@ -741,7 +743,8 @@ class Filler:
             self.seen = self._met
         if self.troubles and not self.enduring:
             raise self.troubles.popitem()[1].error
-        if swapped is not None and not self.troubles and not self.work.stop():
+        # What was pending at the swap is no sign of the old side; a row that was locked may still be such a one.
+        if swapped is not None and not self.troubles and not self._skipped and not self.work.stop():
             ledger.settle_swap(swapped)
         return written
 
@@ -833,9 +836,11 @@ class Filler:
             for key in [(leaf.oid, r.tid, r.hash) for r in batch]:
                 self._met[key] = self.seen.get(key, now)
             if self.paced and not self._may_write():
+                self._skipped += len(batch)
                 return written
             try:
                 written += (count := self._fill(leaf, batch, needed))
+                self._skipped += len(batch) - count
             except Detached:
                 return written
             self.work.throttle.wrote(count)
