@@ -10,6 +10,7 @@
     │   └── ExpressionRefused      2  a --text expression that revector cannot use
     ├── Refused                    3  refused by state or database; nothing was changed
     │   ├── Closing                3  the migration is being closed; workers and followers end
+    │   ├── LedgerUnreadable       3  the ledger belongs to a role that this one is no member of
     │   ├── ModelChanged           3  a different model answers behind the same name
     │   └── Busy                   3  another command steers this table
     └── Resumable                  4  stopped half-way; the same command goes on where it stopped
@@ -93,6 +94,10 @@ class Refused(RevectorError):
 
     exit_code = 3
     label = "refused"
+
+
+class LedgerUnreadable(Refused):
+    """This role may not read revector's ledger."""
 
 
 class Closing(Refused):

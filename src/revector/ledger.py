@@ -16,7 +16,16 @@ from psycopg.types.json import Jsonb
 
 from revector.db import Session, block
 from revector.embed.spec import Identity
-from revector.errors import BudgetSpent, GateFailed, ModelChanged, Outage, Refused, RevectorError, UsageError
+from revector.errors import (
+    BudgetSpent,
+    GateFailed,
+    LedgerUnreadable,
+    ModelChanged,
+    Outage,
+    Refused,
+    RevectorError,
+    UsageError,
+)
 from revector.plan import ExposedView, Plan, TargetIndex
 from revector.throttle import Tuning
 
@@ -173,10 +182,10 @@ class Vigil:
 
 
 def exists(session: Session) -> bool:
-    """Whether this database has a ledger. Raises `Refused` where it belongs to a role that this one is no member of."""
+    """Whether this database has a ledger. Raises `LedgerUnreadable` where it is another role's."""
     row = session.row(block("ledger", "present"))
     if row is not None and not row.readable:
-        raise Refused(
+        raise LedgerUnreadable(
             f"role {row.role} may not read revector's ledger in this database: it belongs to role {row.owner}",
             why="All tables of a database share the ledger, schema revector. Nothing was changed.",
             hint=f"as {row.owner}, or as a superuser: GRANT {row.owner} TO {row.role}",

@@ -22,7 +22,7 @@ from revector import ledger as ledgers
 from revector.catalog import Column, Table, find_table, read_filter, read_server, read_table, read_text
 from revector.db import Database, Session, block, raw, translated
 from revector.embed import Embedder, Identity, known_models, parse
-from revector.errors import DimensionMismatch, Refused, UsageError
+from revector.errors import DimensionMismatch, LedgerUnreadable, Refused, UsageError
 from revector.ledger import Ledger, LiveGeneration
 from revector.settings import Settings
 from revector.work import embedder_for as default_embedder
@@ -276,10 +276,11 @@ class Searcher:
         """Say what the role has to be given to search."""
         try:
             yield
-        except pg.InsufficientPrivilege as error:
+        except (pg.InsufficientPrivilege, LedgerUnreadable) as error:
             role = sql.Identifier(self._session.connection.info.user).as_string(None)
+            told = error.diag.message_primary if isinstance(error, psycopg.Error) else error
             raise Refused(
-                f"missing right: {error.diag.message_primary}",
+                f"missing right: {told}",
                 why="A search reads the table, and in revector's ledger which model answers.",
                 hint="as their owner: GRANT SELECT ON revector.ledger, revector.generations, revector.migrations"
                 f" TO {role};\nand on the table itself",

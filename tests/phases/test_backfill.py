@@ -115,9 +115,13 @@ def test_snapshot_in_the_way_is_named(
 
 
 def test_identical_texts_are_embedded_once(
-    dsn: str, connection: psycopg.Connection[Any], during: Callable[[Callable[[list[str]], None]], None]
+    dsn: str,
+    connection: psycopg.Connection[Any],
+    during: Callable[[Callable[[list[str]], None]], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Within a window, a text that stands in many rows is paid for once."""
+    monkeypatch.setattr(backfill, "_WINDOW_BLOCKS", (512, 512))
     knowledge_base(connection, 0)
     add_rows(connection, range(300), OLD, text=lambda n: body(n % 10))
     encoded: list[str] = []
