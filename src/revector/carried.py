@@ -149,8 +149,11 @@ def read_carried(session: Session, table: Table, column: Column, new: Identity, 
     left += [
         (
             f"tablespace {index.tablespace} of index {index.name}: this role may not create there",
-            f'GRANT CREATE ON TABLESPACE "{index.tablespace}" to it first, or move the index after finalize:'
-            f' ALTER INDEX "{index.name}" SET TABLESPACE "{index.tablespace}"',
+            sql.SQL(
+                "GRANT CREATE ON TABLESPACE {0} to it first, or move the index after finalize: ALTER INDEX {1} SET TABLESPACE {0}"
+            )
+            .format(sql.Identifier(index.tablespace or ""), sql.Identifier(index.name))
+            .as_string(None),
         )
         for index in carried
         if not index.placeable

@@ -585,26 +585,16 @@ class Migration:
             if row is None or row.stage.closed:
                 self.ledger.migration = None
             views = list(self.ledger.views().values()) if ledgers.exists(self.control) else []
-            live = {generation.number for generation in self.ledger.lives()} if views else set()
-            # Without its view a version of the other model gets the bare table's answers: errors, or nonsense.
-            whose = {
-                name: view.schema
-                for view in views
-                if view.schema is not None and view.number not in live
-                for name in expose.searched_by(self.control, view.schema)
-            }
-            if whose:
-                schemas = ", ".join(sorted(set(filter(None, whose.values()))))
-                raise Refused(
-                    f"{self.name}: {', '.join(whose)} has {schemas} in its search_path",
-                    why="Its sessions would get the bare table, which answers with the other model. Nothing was changed.",
-                    hint="\n".join(f"ALTER {name} RESET search_path;" for name in whose)
-                    + f"\nthen: {self._command('expose --drop')}",
-                )
             if not views:
                 raise Refused(
                     f"{self.name} has no views of ours", why="Nothing was changed.", hint=self._command("status")
                 )
+            live = {generation.number for generation in self.ledger.lives()}
+            for view in views:
+                if view.schema is not None and view.number not in live:
+                    whose = expose.searched_by(self.control, view.schema)
+                    why = "Its sessions would get the bare table, which answers with the other model."
+                    self._refuse_searching(whose, view.schema, why, "expose --drop")
             expose.check_droppable(self.control, views, self._command("expose --drop"))
             gone = self._drop_views("expose.drop", views, limits)
         return self._exposed(table, Outcome(f"{', '.join(gone) or 'nothing'} dropped", {"dropped": gone}), row)
@@ -1211,10 +1201,16 @@ class Migration:
         whose = expose.searched_by(self.control, plan.view_schema(gone))
         if whose and command == "abort":
             self.observe(Note("\n".join(f"still to do: ALTER {name} RESET search_path;" for name in whose)))
-        elif whose:
+        else:
+            why = f"Its sessions ask for {gone.model.model}, which goes: they would fail."
+            self._refuse_searching(whose, plan.view_schema(gone), why, command)
+
+    def _refuse_searching(self, whose: Sequence[str], schema: str, why: str, command: str) -> None:
+        """Refuse where the settings of roles or databases name the schema of a view that would go."""
+        if whose:
             raise Refused(
-                f"{self.name}: {', '.join(whose)} has {plan.view_schema(gone)} in its search_path",
-                why=f"Its sessions ask for {gone.model.model}, which goes: they would fail. Nothing was changed.",
+                f"{self.name}: {', '.join(whose)} has {schema} in its search_path",
+                why=f"{why} Nothing was changed.",
                 hint="\n".join(f"ALTER {name} RESET search_path;" for name in whose)
                 + f"\nthen: {self._command(command)}",
             )
@@ -1487,10 +1483,10 @@ class Migration:
     ) -> tuple[Alert, ...]:
         """What is wrong where two generations are to be kept fresh."""
         found: list[Alert] = []
-        try:
-            trigger.check(self.control, row.plan)
-        except Refused as error:
-            if row.closing is None and row.stage is not Stage.PLANNED:
+        if row.closing is None and row.stage is not Stage.PLANNED:
+            try:
+                trigger.check(self.control, row.plan)
+            except Refused as error:
                 found.append(Alert("trigger", f"{error}: {error.why}", error.hint))
         if not guarded:
             return tuple(found)

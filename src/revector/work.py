@@ -306,10 +306,12 @@ class Work:
         if found is None:
             return
         where, column = found
-        relax = block("work", "drop_not_null", table=where.identifier, column=sql.Identifier(column))
+        relax = block("phases/serve", "drop_not_null", table=where.identifier, column=sql.Identifier(column))
         back = "finalize and abort give NOT NULL back"
         if not plan.not_null:
-            set_again = block("work", "set_not_null", table=where.identifier, column=sql.Identifier(plan.column))
+            set_again = block(
+                "phases/finalize", "set_not_null", table=where.identifier, column=sql.Identifier(plan.column)
+            )
             back = f"the plan found none, so it is yours to give back after finalize or abort: {set_again.as_string(None)};"
         part = where.oid != plan.table_oid
         raise Refused(

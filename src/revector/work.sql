@@ -27,16 +27,6 @@ BEGIN
   END IF;
 END
 
--- name: drop_not_null
--- What the user is told to do about a NOT NULL that somebody has added.
--- lock: ACCESS EXCLUSIVE
-ALTER TABLE {table} ALTER COLUMN {column} DROP NOT NULL;
-
--- name: set_not_null
--- And how to get it back once the migration is closed.
--- lock: ACCESS EXCLUSIVE, for a scan
-ALTER TABLE {table} ALTER COLUMN {column} SET NOT NULL;
-
 -- name: indexes_valid
 -- Fails unless all of these indexes are there and valid.
 -- lock: none

@@ -261,8 +261,8 @@ def test_a_shape_goes_the_whole_road(dsn: str, connection: psycopg.Connection[An
     assert present(before, made.old, made.new) == present(after, made.new, made.new)
 
 
-def test_two_vector_columns_one_after_the_other(dsn: str, connection: psycopg.Connection[Any]) -> None:
-    """Each column has its own live generation; the second migration of a table is refused while one is open."""
+def two_columns(connection: psycopg.Connection[Any]) -> None:
+    """A table with a vector column of its title and one of its content."""
     connection.execute(
         "CREATE TABLE kb (id int PRIMARY KEY, title text, content text, of_title vector(16), of_content vector(24))"
     )
@@ -271,6 +271,11 @@ def test_two_vector_columns_one_after_the_other(dsn: str, connection: psycopg.Co
             "INSERT INTO kb VALUES (%s, %s, %s, %s, %s)",
             (n, f"title {n}", body(n), vector("hash:16", f"title {n}"), vector("hash:24", body(n))),
         )
+
+
+def test_two_vector_columns_one_after_the_other(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Each column has its own live generation; the second migration of a table is refused while one is open."""
+    two_columns(connection)
     connection.execute("CREATE INDEX kb_title ON kb USING hnsw (of_title vector_cosine_ops)")
     connection.execute("CREATE INDEX kb_content ON kb USING hnsw (of_content vector_l2_ops)")
     title = Request(from_="hash:16", to="hash:32", text="title", vector="of_title")
@@ -334,14 +339,7 @@ def test_a_domain_over_vector_is_refused(dsn: str, connection: psycopg.Connectio
 def test_two_vector_columns_each_down_the_whole_road(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """Run, cutover, rollback, cutover, finalize of one column and then of the other, with a writer of both at work."""
     dimensions = {"of_title": ("hash:16", "hash:32"), "of_content": ("hash:24", "hash:40")}
-    connection.execute(
-        "CREATE TABLE kb (id int PRIMARY KEY, title text, content text, of_title vector(16), of_content vector(24))"
-    )
-    for n in range(ROWS):
-        connection.execute(
-            "INSERT INTO kb VALUES (%s, %s, %s, %s, %s)",
-            (n, f"title {n}", body(n), vector("hash:16", f"title {n}"), vector("hash:24", body(n))),
-        )
+    two_columns(connection)
     stop, errors, turns = threading.Event(), [], itertools.count()
 
     def work() -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -403,12 +404,8 @@ class _Sweep:
         if reason == self._told:
             return
         self._told = reason
-        phase = f"backfill: {reason}" if reason else "backfill"
-        if reason == PAUSED:
-            self.work.note(f"paused; it goes on after: revector resume {self.work.plan.argument}")
-        elif reason:
-            self.work.note(f"held back by {reason}")
-        self._progress(phase)
+        _tell_held(self.work, reason)
+        self._progress(f"backfill: {reason}" if reason else "backfill")
 
     def _progress(self, phase: str) -> None:
         self.work.observe(Progress(phase, min(self.figures["rows"], self.total), self.total, "rows"))
@@ -464,6 +461,14 @@ def _passes(
             until = hi if end >= len(blocks) else blocks[end]
             yield place, at, until
             first, at = end, until
+
+
+def _tell_held(work: Work, reason: str) -> None:
+    """Say why nothing is written at present; "": it goes on."""
+    if reason == PAUSED:
+        work.note(f"paused; it goes on after: revector resume {work.plan.argument}")
+    elif reason:
+        work.note(f"held back by {reason}")
 
 
 def encode(
@@ -731,14 +736,14 @@ class Filler:
         ledger = self.work.ledger_on(self.session)
         swapped = ledger.unsettled(self.work.plan.old.number)
         due = [number for number in self.troubles if time.monotonic() >= self.troubles[number].again]
-        for number in [number for number in due if number not in self.numbers]:
-            self._prove(number)
-        due = [number for number in due if number in self.numbers]
         sound = [number for number in self.numbers if number not in self.troubles]
         try:
             written = self._walk_all(sound) if sound else 0
             for number in due:
-                written += self._walk_all([number])
+                if number in self.numbers:
+                    written += self._walk_all([number])
+                else:  # counted on, though not filled yet
+                    self._prove(number)
         finally:
             self.seen = self._met
         if self.troubles and not self.enduring:
@@ -858,17 +863,11 @@ class Filler:
             reason = throttle.wait(urgent=urgent)[1]
             held = throttle.words(reason) if reason in (PAUSED, LAG) else ""
             if held and not self._held:
-                self._tell(held)
+                _tell_held(self.work, held)
             self._held = held
             if held:
                 return False
-        return throttle.hold(self.work.stop, self._tell, urgent=urgent)
-
-    def _tell(self, reason: str) -> None:
-        if reason == PAUSED:
-            self.work.note(f"paused; it goes on after: revector resume {self.work.plan.argument}")
-        elif reason:
-            self.work.note(f"held back by {reason}")
+        return throttle.hold(self.work.stop, partial(_tell_held, self.work), urgent=urgent)
 
     def drain(self) -> dict[int, int]:
         """Walk until nothing is pending, or what is pending no longer shrinks (locked by others, or written meanwhile).
@@ -1073,15 +1072,9 @@ class _Copier:
     def _may_go(self) -> bool:
         """Wait until the next write may begin. Raises `Interrupted` when asked to stop: the window is met again."""
         if self.paced:
-            self.work.throttle.hold(self.work.stop, self._tell)
+            self.work.throttle.hold(self.work.stop, partial(_tell_held, self.work))
         self.work.check_stop()
         return True
-
-    def _tell(self, reason: str) -> None:
-        if reason == PAUSED:
-            self.work.note(f"paused; it goes on after: revector resume {self.work.plan.argument}")
-        elif reason:
-            self.work.note(f"held back by {reason}")
 
 
 @contextmanager
