@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,20 @@ from endings import assert_ended, assert_never_wrong, assert_rests, belongings, 
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from test_hammer import Client
 
-from fix_tables import NEW, OLD, fill, knowledge_base, one, stage_of, steering, until, vector
+from fix_tables import (
+    NEW,
+    OLD,
+    Halt,
+    assert_exact,
+    fill,
+    halting,
+    knowledge_base,
+    one,
+    stage_of,
+    steering,
+    until,
+    vector,
+)
 from revector import Request
 from revector.embedded import Server, create_database
 from revector.errors import Resumable
@@ -395,6 +408,28 @@ def test_killed_at_a_random_moment(number: int, dsn: str, connection: psycopg.Co
             patiently(dsn, command)
 
     road(dsn, connection, ROADS[name], act)
+
+
+@pytest.mark.roads
+@pytest.mark.parametrize("command", ["abort", "finalize"])
+def test_once_it_closes_only_what_stays_is_managed(command: str, dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Between the end of the trigger and of the departing column, edits leave that one as it was, and the rest is right."""
+    knowledge_base(connection, ROWS)
+    for before in ("run", "expose", "cutover") if command == "finalize" else ("run", "expose"):
+        patiently(dsn, before)
+    fill(dsn, connection)
+    with suppress(Halt), steering(dsn, "kb", halting(f"{command}.close")) as migration:
+        call(migration, command)
+    assert stage_of(connection)[1] == command
+    stays, path = (NEW, "rv_kb_g2") if command == "finalize" else (OLD, "rv_kb_g1")
+    with psycopg.connect(dsn, options=f"-csearch_path={path},public", autocommit=True) as client:
+        client.execute("UPDATE kb SET content = 'edited', embedding = %s WHERE id = 5", (vector(stays, "edited"),))
+    assert_never_wrong(connection)
+    departing = next(column for column, model in generations(connection).items() if model != stays)
+    with pytest.raises(AssertionError, match="another text's vector"):
+        assert_exact(connection, "kb", "content", {departing: generations(connection)[departing]})
+    patiently(dsn, command)
+    assert_ended(connection, stays, at_least=ROWS)
 
 
 @pytest.mark.roads
