@@ -362,6 +362,7 @@ class Database:
         statements: Sequence[sql.Composable],
         *,
         settle: bool = False,
+        checks: Sequence[sql.Composable] = (),
         alone: bool = False,
         views: Sequence[sql.Composable] = (),
         budget_ms: int = PAUSE_BUDGET_MS,
@@ -371,8 +372,10 @@ class Database:
         """Run `statements` under ACCESS EXCLUSIVE on `table` within the pause budget, or change nothing.
 
         With `settle`, SHARE UPDATE EXCLUSIVE is taken first (it cancels autovacuum and blocks nobody) and kept
-        between attempts. `alone` leaves out the partitions of a partitioned table. `views` of the table are locked
-        before it, in the order of those who write through them. Each attempt, SAVEPOINT to COMMIT, is one message.
+        between attempts. Then come `checks`, those of the statements that only look: what the server must load to
+        answer them (PL/pgSQL, pgvector, rows of the catalog) is not loaded under the lock. `alone` leaves out the
+        partitions of a partitioned table. `views` of the table are locked before it, in the order of those who write
+        through them. Each attempt, SAVEPOINT to COMMIT, is one message.
         Raises `PauseBudgetMissed`.
         """
         whole = sql.SQL("ONLY {}" if alone else "{}").format(table)
@@ -385,6 +388,7 @@ class Database:
                 sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(_SETTLE)),
                 sql.SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(whole),
             ]
+        begin += checks
         clock = sql.SQL("SELECT clock_timestamp()")
         attempt: list[sql.Composable] = [
             sql.SQL("SAVEPOINT attempt"),

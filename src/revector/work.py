@@ -266,6 +266,7 @@ class Work:
         statements: Sequence[sql.Composable],
         *,
         stages: Sequence[str],
+        checks: Sequence[sql.Composable] = (),
         stage: str | None = None,
         closing: str | None = None,
         was_closing: str | None = None,
@@ -274,10 +275,12 @@ class Work:
     ) -> Pause:
         """A step whose effect and ledger row are one message under ACCESS EXCLUSIVE, within the pause budget.
 
-        It fails inside the lock, changing nothing, unless the migration is still at one of `stages`. `views` of the
-        table are locked as well.
+        It fails inside the lock, changing nothing, unless the migration is still at one of `stages` and `checks` pass;
+        what they refuse already without the lock is refused before anybody waits. `views` of the table are locked as
+        well.
         """
         assert name in STEPS, name
+        statements = [*checks, *statements]
         told = {**(figures or {}), "statements": [statement.as_string(None) for statement in statements]}
         self.observe(Effect(name))
         pause = self.database.pause(
@@ -289,6 +292,7 @@ class Work:
                 *self.ledger.record_sql(name, told, stage, closing),
             ],
             settle=True,
+            checks=checks,
             views=views,
             budget_ms=self.limits.budget_ms,
             attempts=self.limits.attempts,

@@ -37,6 +37,7 @@ from fix_tables import (
     vector,
 )
 from revector import Embedder, Request, trigger
+from revector.db import PauseLimits
 from revector.embed.hashing import Hashing
 from revector.errors import GateFailed, InputRefused, PauseBudgetMissed, Refused
 from revector.ledger import TRANSITIONS
@@ -261,7 +262,7 @@ def unchanged(connection: psycopg.Connection[Any], before: dict[str, list[Any]],
 def test_refused_while_more_is_pending_than_allowed(
     dsn: str, connection: psycopg.Connection[Any], command: str, start: str, stage: str
 ) -> None:
-    """Rows written between the catch-up and the lock are counted under the lock against the allowance."""
+    """Rows written after the catch-up are counted against the allowance."""
     knowledge_base(connection, 40)
     advance(dsn, start)
     before = shape(connection)
@@ -278,6 +279,49 @@ def test_refused_while_more_is_pending_than_allowed(
         getattr(migration, command)(without_follower=True, allow_pending=5)
     fill(dsn, connection)
     assert_exact(connection, "kb", "content", AFTER if command == "cutover" else BEFORE, at_least=40)
+
+
+def test_pending_rows_that_are_seen_stop_nobody(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """What can be refused without the lock is refused without it, though an open transaction would keep it from us."""
+    knowledge_base(connection, 40)
+    advance(dsn, "SERVED")
+    with psycopg.connect(dsn) as other:
+
+        def edit(seen: Observation) -> None:
+            if isinstance(seen, Effect) and seen.step == "cutover":
+                connection.execute("UPDATE kb SET content = content || '.' WHERE id < 5")
+                other.execute("UPDATE kb SET note = 'held' WHERE id = 20")
+
+        with steering(dsn, observe=edit) as migration, pytest.raises(Refused, match=r"pending.* 4 are allowed"):
+            migration.cutover(without_follower=True, allow_pending=4)
+
+
+def test_pending_rows_are_counted_under_the_lock(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Rows of a transaction that ends while we wait for its lock are counted as well."""
+    knowledge_base(connection, 40)
+    advance(dsn, "SERVED")
+    before = shape(connection)
+    waiting = (
+        "SELECT count(*) FROM pg_locks WHERE relation = 'kb'::regclass AND mode = 'AccessExclusiveLock' AND NOT granted"
+    )
+
+    def end(other: psycopg.Connection[Any]) -> None:
+        with psycopg.connect(dsn, autocommit=True) as watching:
+            until(lambda: one(watching, waiting))
+        other.commit()
+
+    with psycopg.connect(dsn) as other:
+        thread = threading.Thread(target=end, args=(other,))
+
+        def edit(seen: Observation) -> None:
+            if isinstance(seen, Effect) and seen.step == "cutover":
+                other.execute("UPDATE kb SET content = content || '.' WHERE id < 5")
+                thread.start()
+
+        with steering(dsn, observe=edit) as migration, pytest.raises(Refused, match=r"pending.* 4 are allowed"):
+            migration.cutover(without_follower=True, allow_pending=4, limits=PauseLimits(2000, 1))
+        thread.join()
+    unchanged(connection, before, "SERVED")
 
 
 def test_refused_without_a_follower(dsn: str, connection: psycopg.Connection[Any]) -> None:

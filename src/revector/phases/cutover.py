@@ -42,10 +42,12 @@ def run(work: Work, *, back: bool = False) -> Outcome:
         )
     renames = index_renames(plan, work.schema, outgoing, incoming)
     here = _present(work, list(renames))
-    statements = [
+    checks = [
         work.nullable(columns),
         work.none_pending(incoming, incoming.column, work.allow_pending + work.refused_rows(incoming)),
         work.indexes_valid(incoming, list(present.values())),
+    ]
+    statements = [
         *swap(plan, work.table, outgoing, incoming),
         *(statement for name, statement in renames.items() if name in here),
         *check_renames(plan, work.table, outgoing, incoming),
@@ -55,9 +57,8 @@ def run(work: Work, *, back: bool = False) -> Outcome:
         *_move_cluster_mark(work, outgoing, incoming),
     ]
     name = "rollback" if back else "cutover"
-    pause = work.pause(
-        name, statements, stages=["CUT_OVER" if back else "SERVED"], stage="SERVED" if back else "CUT_OVER"
-    )
+    stages = ("CUT_OVER", "SERVED") if back else ("SERVED", "CUT_OVER")
+    pause = work.pause(name, statements, checks=checks, stages=stages[:1], stage=stages[1])
     figures = {
         "pause_ms": round(pause.total_ms, 1),
         "wait_ms": round(pause.wait_ms, 1),

@@ -109,9 +109,10 @@ def _close(
     statements = trigger.drop(plan, table) if stage != "PLANNED" else []
     views = [view] if view is not None else []
     statements = [*(block("phases/finalize", "drop_view", view=view) for view in views), *statements]
+    checks: list[sql.Composable] = []
     if guarded and column:
         refused = 0 if plan.not_null else work.refused_rows(keep)
-        statements.insert(0, work.none_pending(keep, column, refused, also_without_text=plan.not_null))
+        checks.append(work.none_pending(keep, column, refused, also_without_text=plan.not_null))
         if plan.not_null:
             add = "not_null_named" if work.control.connection.info.server_version >= 180000 else "not_null_check"
             statements += _strict(work, column)
@@ -127,7 +128,7 @@ def _close(
             statements += _not_null_comment(plan, table)
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            work.pause(f"{command}.close", statements, stages=[stage], closing=command, views=views)
+            work.pause(f"{command}.close", statements, checks=checks, stages=[stage], closing=command, views=views)
             return
         except psycopg.Error as error:
             # Writers who give no vectors keep rows pending; between two of them there is a moment without any.
