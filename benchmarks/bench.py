@@ -149,9 +149,9 @@ def main() -> None:
         status = Path("/proc/self/status").read_text()
         print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
         return
-    with embedded_server() as server:
+    with embedded_server(options=serving.SERVER) as server:
         dsn = create_database(server, "bench")
-        rows = [*database_side(dsn), *memory(dsn), *encoder(dsn), *serving.rows(dsn, serving.Size())]
+        rows = [*database_side(dsn), *memory(dsn), *encoder(dsn), *serving.rows(server, serving.Size())]
         with psycopg.connect(dsn) as connection:
             version = connection.execute(
                 "SELECT current_setting('server_version'), extversion FROM pg_extension WHERE extname = 'vector'"
