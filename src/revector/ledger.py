@@ -586,10 +586,13 @@ class Ledger:
             )
         if row.stage not in TRANSITIONS[command]:
             live = row.plan.new if row.stage in (Stage.CUT_OVER, Stage.FINALIZED) else row.plan.old
-            tail = " --to MODEL" if row.stage.closed else ""
+            table = shlex.quote(name)
+            after = f"revector {NEXT[row.stage]} {table}" + (" --to MODEL" if row.stage.closed else "")
+            if command == "rollback" and row.stage is Stage.FINALIZED and ("backup", row.plan.backup) in self.owned():
+                after = f"revector restore {table}\nwhich takes the vectors of {row.plan.old.model.model} from {row.plan.backup}"
             raise Refused(
                 f"{name}: {command} is not possible at {row.stage}",
                 why=f"It is possible at {', '.join(TRANSITIONS[command])}. {live.model.model} answers. Nothing was changed.",
-                hint=f"revector {NEXT[row.stage]} {shlex.quote(name)}{tail}",
+                hint=after,
             )
         return row

@@ -991,7 +991,8 @@ def _index_limit_finding(plan: Plan) -> Finding:
 
 
 def _trigger_finding(facts: Facts, plan: Plan) -> Finding:
-    others = [t for t in facts.table.triggers if t.enabled != "D"]
+    # One of our name is ours, or `names` refuses it.
+    others = [t for t in facts.table.triggers if t.enabled != "D" and t.name != plan.trigger]
     later = [t for t in others if t.before_row and t.name.encode() > plan.trigger.encode()]
     if later:
         return Finding(

@@ -82,6 +82,8 @@ def test_unchanged_rows_are_copied_and_the_rest_embedded(
         assert_exact(connection, "kb", "content", BEFORE, at_least=300)
         copied = one(connection, "SELECT figures FROM revector.events WHERE step = 'restore.copy'")
         assert (copied["rows"], copied["left"], copied["backup"]) == (297, 3, "kb_backup_16")
+        told = migration.status().written
+        assert told is not None and told[0] == 300 and told[1] > 0.3, "the copy's HOT updates are not counted"
         embedded = {t for t in texts if t in (new,) or t.endswith("edited") or "row 9 " in t}
         assert len(embedded) == 3
         migration.cutover(without_follower=True)
@@ -356,6 +358,8 @@ def test_the_commands_say_the_way(dsn: str, connection: psycopg.Connection[Any])
     command(dsn, "cutover", "kb", "--without-follower").exits(0)
     there = command(dsn, "finalize", "kb").exits(0)
     assert there.out.endswith("back: revector restore kb (takes the old vectors from kb_backup_16)\n")
+    late = command(dsn, "rollback", "kb").exits(3)
+    assert "next: revector restore kb\n" in late.err and f"takes the vectors of {OLD} from kb_backup_16" in late.err
     back = command(dsn, "restore", "kb").exits(0)
     assert "30 vectors taken from kb_backup_16" in back.err and back.out.startswith(f"kb is VERIFIED; {NEW} answers.")
     assert "\nnext: revector cutover kb\n" in back.out

@@ -119,6 +119,13 @@ def test_blank_texts_block_a_not_null_column_only_where_the_model_refuses_them()
     assert blockers(column=column, counts=counts, measured=replace(measured, refuses_blank=True)) == ["vectors"]
 
 
+def test_our_own_trigger_is_not_one_of_the_tables() -> None:
+    """A plan that is read while its migration is open counts as before it."""
+    there = (Trigger(1, "touch", "O", 19, ()), Trigger(2, "~rv_kb_g2", "A", 23, ()))
+    found = {f.title: f for f in draft(Request(), facts(triggers=there)).findings}
+    assert found["triggers"].finding.startswith("1 of the table's own")
+
+
 def test_consents_lift_their_blockers() -> None:
     assert blockers(Request(consents=Consents(include_null=True)), counts=Counts(1000, 0, 0, 5, 5, 1)) == []
     touching = {"triggers": (Trigger(1, "touch", "O", 19, ()),), "may_be_replica": False}

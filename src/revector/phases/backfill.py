@@ -416,7 +416,7 @@ class _Sweep:
             column = at.columns[self.work.plan.new.number]
             statement = block("phases/backfill", "write_place", column=column, table=at.table, **parts)
             rows = at.write(statement, place=place, lo=f"({lo},0)", hi=f"({hi},0)")
-            return rows, session.value(block("phases/backfill", "hot"), table=window.leaf.oid) - at.hot
+            return rows, _hot_since(at, session, window.leaf)
 
     def _rest(self, gap: float) -> None:
         """The gap between two passes; when we are asked to stop, what is in hand is written without."""
@@ -1044,6 +1044,11 @@ def _place(tid: str) -> tuple[int, int]:
     return int(number), int(place)
 
 
+def _hot_since(at: _Entered, session: Session, leaf: Leaf) -> int:
+    """HOT updates of this write transaction."""
+    return int(session.value(block("phases/backfill", "hot"), table=leaf.oid)) - at.hot
+
+
 class _Copier:
     """Copies vectors that the server has already: staged window by window, written one line-pointer offset at a time."""
 
@@ -1053,9 +1058,9 @@ class _Copier:
     def window(
         self, leaf: Leaf, lo: int, hi: int, stage: str, parts: Mapping[str, sql.Composable],
         statement: Callable[[_Entered], sql.Composable],
-    ) -> int:  # fmt: skip
-        """Stage a window's rows with one statement, write them with the other; returns the rows written."""
-        ends, written = {"lo": f"({lo},0)", "hi": f"({hi},0)"}, 0
+    ) -> tuple[int, int]:  # fmt: skip
+        """Stage a window's rows with one statement, write them with the other; returns the rows written, and how many HOT."""
+        ends, written, hot = {"lo": f"({lo},0)", "hi": f"({hi},0)"}, 0, 0
         self.session.execute(block("phases/backfill", "clear"))
         with suppress(Detached):
             self.session.execute(block("phases/backfill", "joins"), by_key="on", by_range="off")
@@ -1065,9 +1070,10 @@ class _Copier:
             for place, first, end in _passes(self.work, places, lo, hi, self._may_go):
                 with entered(self.work, self.session, leaf) as at:
                     count = at.write(statement(at), place=place, lo=f"({first},0)", hi=f"({end},0)")
+                    hot += _hot_since(at, self.session, leaf)
                 self.work.throttle.wrote(count)
                 written += count
-        return written
+        return written, hot
 
     def _may_go(self) -> bool:
         """Wait until the next write may begin. Raises `Interrupted` when asked to stop: the window is met again."""
@@ -1108,7 +1114,7 @@ def copy_outside(work: Work, *, paced: bool = True) -> int:
             work.check_stop()
             live = sql.Identifier(work.column(work.plan.old) or "")
             parts = {**_parts(work, work.plan.new), "live": live, "inside": inside}
-            written += copier.window(leaf, lo, lo + step, "stage_outside", parts, statement)
+            written += copier.window(leaf, lo, lo + step, "stage_outside", parts, statement)[0]
             work.observe(Progress("rows outside", done, len(windows), "windows"))
     return written
 
@@ -1155,10 +1161,10 @@ def restore(work: Work) -> Outcome:
             relation, lo, hi = taken
             at = next((leaf for leaf in work.leaves() if leaf.oid == relation), None)
             every = {**_parts(work, plan.new), **parts}
-            written = 0 if at is None else copier.window(at, lo, hi, "stage_backup", every, statement)
+            written, hot = (0, 0) if at is None else copier.window(at, lo, hi, "stage_backup", every, statement)
             copied += written
             work.observe(Effect("restore.window"))
-            work.ledger.window_done(_FROM_BACKUP, relation, lo, written, 0)
+            work.ledger.window_done(_FROM_BACKUP, relation, lo, written, hot)
             work.observe(Recorded("restore.window", {"lo": lo, "written": written}))
             work.observe(Progress("restore", min(copied, total), total, "rows"))
     with work.step("restore.copy") as told:
