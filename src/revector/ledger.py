@@ -185,10 +185,20 @@ def exists(session: Session) -> bool:
     """Whether this database has a ledger. Raises `LedgerUnreadable` where it is another role's."""
     row = session.row(block("ledger", "present"))
     if row is not None and not row.readable:
+        give = f"GRANT {row.owner} TO {row.role}"
+        if row.super:  # membership in a superuser is no right to hand out
+            tables = [
+                f"ALTER TABLE {table.name} OWNER TO revector_ledger"
+                for table in session.rows(block("ledger", "tables"))
+            ]
+            give = ";\n  ".join((
+                "CREATE ROLE revector_ledger", "ALTER SCHEMA revector OWNER TO revector_ledger", *tables,
+                f"GRANT revector_ledger TO {row.role}",
+            ))  # fmt: skip
         raise LedgerUnreadable(
             f"role {row.role} may not read revector's ledger in this database: it belongs to role {row.owner}",
             why="All tables of a database share the ledger, schema revector. Nothing was changed.",
-            hint=f"as {row.owner}, or as a superuser: GRANT {row.owner} TO {row.role}",
+            hint=f"as a superuser:\n  {give};" if row.super else f"as {row.owner}, or as a superuser: {give}",
         )
     return row is not None
 

@@ -1,8 +1,15 @@
 -- name: present
 -- The ledger, whose it is, and whether this role may read it; no row where there is none.
 -- lock: none
-SELECT c.relowner::regrole::text AS owner, quote_ident(current_user) AS role, has_table_privilege(c.oid, 'SELECT') AS readable
+SELECT c.relowner::regrole::text AS owner, quote_ident(current_user) AS role, has_table_privilege(c.oid, 'SELECT') AS readable,
+       (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner) AS super
   FROM pg_class c WHERE c.oid = to_regclass('revector.ledger');
+
+-- name: tables
+-- The ledger's tables, for a role that may not read them.
+-- lock: none
+SELECT c.oid::regclass::text AS name FROM pg_class c
+ WHERE c.relnamespace = to_regnamespace('revector') AND c.relkind = 'r' ORDER BY c.oid;
 
 -- name: version
 -- The ledger's version.

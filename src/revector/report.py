@@ -93,7 +93,7 @@ def error(told: RevectorError, width: int | None = None) -> str:
         lines.append(paragraph(why, "  ", width) if width else f"  {why}")
     hints = [hint for hint in told.hint.splitlines() if hint]
     # "or ..." and "then: ..." go on with the line above them.
-    lines += [f"  {'      ' if hint.startswith(('or ', 'then')) else 'next: '}{hint}" for hint in hints]
+    lines += [f"  {'      ' if hint.startswith(('or ', 'then', ' ')) else 'next: '}{hint}" for hint in hints]
     return "\n".join(lines)
 
 

@@ -50,6 +50,25 @@ def test_a_second_owner_is_told_the_grant(
     command(first, "abort", "first").exits(0)
 
 
+def test_a_ledger_of_a_superuser_gets_a_role_of_its_own(
+    dsn: str, connection: psycopg.Connection[Any], roles: tuple[str, str]
+) -> None:
+    """Nobody is told to make the second owner a member of a superuser; what is told leads to the end."""
+    command(dsn, "run", "first", *RUN).exits(0)
+    second = make_conninfo(dsn, user=roles[1])
+    said = command(second, "run", "second", *RUN).exits(3).last
+    assert "GRANT postgres" not in said
+    statements = said.partition("as a superuser:\n")[2]
+    try:
+        connection.execute(statements)
+        command(second, "run", "second", *RUN).exits(0)
+        command(second, "cutover", "second", "--without-follower").exits(0)
+        command(second, "finalize", "second").exits(0)
+        command(dsn, "abort", "first").exits(0)
+    finally:
+        connection.execute("REASSIGN OWNED BY revector_ledger TO postgres; DROP ROLE revector_ledger")
+
+
 def test_a_forced_policy_is_named(dsn: str, connection: psycopg.Connection[Any], roles: tuple[str, str]) -> None:
     connection.execute("ALTER TABLE first ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
     own = make_conninfo(dsn, user=roles[0])
