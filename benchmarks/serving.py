@@ -253,7 +253,8 @@ def errors(dsn: str, filled: str, size: Size) -> Row:
         print(error)
 
     with psycopg.connect(filled, autocommit=True) as connection:
-        bare = [Client(filled, size.old, "public", seed, size.rows) for seed in (1, 2)]
+        rows = connection.execute("SELECT count(*) FROM kb").fetchone()[0]  # type: ignore[index]
+        bare = [Client(filled, "hash:8", "public", seed, rows) for seed in (1, 2)]
         with at_work(bare):
             with connection.transaction():
                 connection.execute("ALTER TABLE kb RENAME COLUMN embedding TO before")
@@ -287,12 +288,12 @@ def pauses(dsn: str, filled: str, size: Size) -> list[Row]:
     #: How many transactions each writer has committed.
     committed = [0] * WRITERS
 
-    def write(dsn: str, seed: int) -> None:
+    def write(dsn: str, rows: int, seed: int) -> None:
         chance, began = random.Random(seed), time.monotonic()
         try:
             with psycopg.connect(dsn) as connection:
                 while not stop.is_set():
-                    values = (f"text {chance.random()}", chance.randrange(size.rows))
+                    values = (f"text {chance.random()}", chance.randrange(rows))
                     connection.execute("UPDATE kb SET content = %s WHERE id = %s", values)
                     time.sleep(0.05)
                     connection.commit()
@@ -305,9 +306,11 @@ def pauses(dsn: str, filled: str, size: Size) -> list[Row]:
 
     @contextlib.contextmanager
     def writing(dsn: str) -> Iterator[None]:
+        with psycopg.connect(dsn) as connection:
+            rows = connection.execute("SELECT count(*) FROM kb").fetchone()[0]  # type: ignore[index]
         stop.clear()
         committed[:] = [0] * WRITERS
-        threads = [threading.Thread(target=write, args=(dsn, seed)) for seed in range(WRITERS)]
+        threads = [threading.Thread(target=write, args=(dsn, rows, seed)) for seed in range(WRITERS)]
         began = time.monotonic()
         for thread in threads:
             thread.start()
@@ -439,51 +442,44 @@ def search_beside(tables: Tables, runs: int) -> Row:
 # -- VACUUM ------------------------------------------------------------------------------------------------------------
 
 
-def vacuum(tables: Tables, runs: int) -> tuple[Row, str]:
-    """VACUUM of the table right after its backfill, with the live HNSW index and no old snapshot.
+def vacuum(tables: Tables, runs: int) -> Row:
+    """VACUUM of the table right after its backfill, with the live HNSW index and no old snapshot."""
 
-    Also returns where the usual way filled its column in the last run.
-    """
-
-    def seconds(way: Callable[[str], None]) -> tuple[float, str]:
+    def seconds(way: Callable[[str], None]) -> float:
         dsn = tables.copy()
         with psycopg.connect(dsn, autocommit=True) as connection:
             connection.execute("ALTER TABLE kb SET (autovacuum_enabled = off)")
             way(dsn)
             began = time.monotonic()
             connection.execute("VACUUM kb")
-            return time.monotonic() - began, dsn
-
-    ours, usual, filled = [], [], ""
-    for _ in range(runs):
-        if filled:
-            tables.drop(filled)
-        took, dsn = seconds(lambda dsn: our_way(dsn, tables.size, until="backfill"))
-        ours.append(took)
+            took = time.monotonic() - began
         tables.drop(dsn)
-        took, filled = seconds(lambda dsn: usual_way(dsn, tables.size))
-        usual.append(took)
+        return took
+
+    ours, usual = [], []
+    for _ in range(runs):
+        ours.append(seconds(lambda dsn: our_way(dsn, tables.size, until="backfill")))
+        usual.append(seconds(lambda dsn: usual_way(dsn, tables.size)))
     ratio = statistics.median(a / b for a, b in zip(ours, usual, strict=True))
-    row = Row("VACUUM after the backfill", statistics.median(ours), "s", statistics.median(usual), ratio,
-              "<= 1/3 of the usual way's", ratio <= 1 / 3)  # fmt: skip
-    return row, filled
+    return Row("VACUUM after the backfill", statistics.median(ours), "s", statistics.median(usual), ratio,
+               "<= 1/3 of the usual way's", ratio <= 1 / 3)  # fmt: skip
 
 
 def rows(server: Server, size: Size, runs: int = 3) -> Iterator[Row]:
-    """All of them, each as soon as it is measured."""
-    tables = Tables(server, size)
-    row, filled = vacuum(tables, runs)
-    yield row
+    """All of them, each as soon as it is measured; the usual way's renames are measured on a small table."""
+    tables, small = Tables(server, size), Tables(server, Size(min(size.rows, 2_000), "hash:8", "hash:16"))
+    filled, served = small.copy(), tables.copy()
+    usual_way(filled, small.size)
     yield search_beside(tables, runs)
-    served, small, small_filled = tables.copy(), tables, filled
     if size.rows <= Size.rows:
         # The whole way of a small table leaves `make bench` quick.
-        small = Tables(server, Size(min(size.rows, 2_000), "hash:8", "hash:16"))
+        yield errors(small.copy(), filled, small.size)
         our_way(served, size)
-        small_filled = small.copy()
-        usual_way(small_filled, small.size)
-    yield errors(small.copy() if small is not tables else served, small_filled, small.size)
+    else:
+        yield errors(served, filled, size)
     yield from pauses(served, filled, size)
+    tables.drop(served)
+    yield vacuum(tables, runs)
 
 
 def tell(row: Row) -> str:
