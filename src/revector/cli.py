@@ -1096,9 +1096,9 @@ def status(
 ) -> None:
     """Say what is true now: which model answers, what is pending.
 
-    Changes nothing. The last line is the exact next command. An ALERT, red on a terminal, says that nobody fills rows
-    that search misses, that a follower is in trouble, or that somebody writes with the wrong model. What it would have to
-    read a large table for is estimated, and marked with "about".
+    Changes nothing. The last line is the exact next command. An ALERT, red on a terminal, comes first: nobody fills rows
+    that search misses, a follower is in trouble, the trigger is silenced, or somebody writes with the wrong model. What a
+    large table would have to be read for is estimated, and marked with "about".
 
     Example: revector status knowledge_base --json
     """

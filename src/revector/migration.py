@@ -1412,8 +1412,8 @@ class Migration:
             side,
             None,
             total,
-            None if check else 0,
-            None if check else 0,
+            None,
+            None,
             self.ledger.followers() if known else 0,
             f"revector plan {self.argument}{tail} --to MODEL",
             known=how,
@@ -1540,7 +1540,8 @@ class Migration:
             try:
                 trigger.check(self.control, row.plan)
             except Refused as error:
-                found.append(Alert("trigger", f"{error}: {error.why}", error.hint))
+                what = str(error).removeprefix(f"{row.plan.table}: ")
+                found.append(Alert("trigger", f"{what}. {error.why}", error.hint))
         if not guarded:
             return tuple(found)
         # What cannot be counted may be pending.

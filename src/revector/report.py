@@ -91,10 +91,13 @@ def error(told: RevectorError, width: int | None = None) -> str:
     if told.why:
         why = " ".join(told.why.split())
         lines.append(paragraph(why, "  ", width) if width else f"  {why}")
-    hints = [hint for hint in told.hint.splitlines() if hint]
-    # "or ..." and "then: ..." go on with the line above them.
-    lines += [f"  {'      ' if hint.startswith(('or ', 'then')) else 'next: '}{hint}" for hint in hints]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_nexts(told.hint, "  ")])
+
+
+def _nexts(hint: str, indent: str) -> list[str]:
+    """A `next:` line for each line of a hint; "or ...", "then: ..." and indented ones go on with the line above."""
+    hints = filter(None, hint.splitlines())
+    return [f"{indent}{'      ' if hint.startswith(('or ', 'then', ' ')) else 'next: '}{hint}" for hint in hints]
 
 
 def help_page(usage: str, text: str, panels: Mapping[str, Sequence[tuple[str, str]]]) -> str:
@@ -418,10 +421,12 @@ def status(now: Status) -> str:
         rows.append(("closing", f"writes are not guarded any more: {now.closing} must be completed"))
     if now.spent is not None:
         rows.append(("spent", _spent(now.spent)))
-    rows += [("ALERT", f"{alert.what}; {alert.next}") for alert in now.alerts]
+    rows += [("ALERT", "\n".join([alert.what, *_nexts(alert.next, " " * 13)])) for alert in now.alerts]
     if now.rows is None and not now.alerts:
         rows.append(("alerts", "none"))
-    return "\n".join([head, *(f"  {name:<11}{told}" for name, told in rows), f"next: {now.next}"])
+    # What an alert asks for comes first.
+    following = f"{'then' if now.alerts else 'next'}: {now.next}"
+    return "\n".join([head, *(f"  {name:<11}{told}" for name, told in rows), following])
 
 
 def _spent(spent: Spent) -> str:
