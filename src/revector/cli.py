@@ -1088,14 +1088,17 @@ def status(
             metavar="[TABLE]", help="The table. Default: every table that revector knows.", show_default=False
         ),
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Exit with 1 when there is an alert, for a monitor.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="For a monitor: exit with 1 when there is an alert; scan no table.")
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Say what is true now: which model answers, what is pending.
 
-    Changes nothing. The last line is the exact next command. An ALERT, red on a terminal, says that nobody fills rows
-    that search misses, that a follower is in trouble, or that somebody writes with the wrong model.
+    Changes nothing. The last line is the exact next command. An ALERT, red on a terminal, comes first: nobody fills rows
+    that search misses, a follower is in trouble, the trigger is silenced, or somebody writes with the wrong model. What a
+    large table would have to be read for is estimated, and marked with "about".
 
     Example: revector status knowledge_base --json
     """
@@ -1108,7 +1111,7 @@ def status(
         found = []
         for name in [table] if table is not None else known_tables(Database(settings)):
             with Migration.open(settings, table=name, observe=terminal, steer=False) as migration:
-                found.append(migration.status())
+                found.append(migration.status(check=check))
         if as_json and table is not None:
             terminal.say(json.dumps(found[0].to_json(), ensure_ascii=False))
         elif as_json:

@@ -365,6 +365,11 @@ class Ledger:
         row = self._rows("hot", migration=self.migration)[0]
         return row.written, row.hot
 
+    def unswept(self) -> tuple[float, int | None]:
+        """(share of the blocks that the first pass has not seen, rows pending when it began; None: not known)."""
+        row = self._rows("unswept", migration=self.migration)[0]
+        return row.share, row.rows
+
     def remember(self, **facts: object) -> None:
         """Keep facts that later steps need."""
         self._run("remember", migration=self.migration, facts=Jsonb(facts))

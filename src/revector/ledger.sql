@@ -242,6 +242,16 @@ ON CONFLICT DO NOTHING;
 -- lock: none
 SELECT DISTINCT relation FROM revector.windows WHERE migration = %(migration)s AND sweep = %(sweep)s;
 
+-- name: unswept
+-- The share of the blocks that the first pass over the rows has still to see, and how many rows were pending when it began.
+-- lock: none
+SELECT coalesce(coalesce(sum(hi - lo) FILTER (WHERE done IS NULL), 0) / nullif(sum(hi - lo), 0), 1)::float8 AS share,
+       (SELECT (figures ->> 'rows')::bigint FROM revector.events
+         WHERE migration = %(migration)s AND step = 'backfill.windows' ORDER BY id LIMIT 1) AS rows
+  FROM revector.windows
+ WHERE migration = %(migration)s
+   AND sweep = (SELECT max(sweep) FROM revector.windows WHERE migration = %(migration)s AND sweep <= 0);
+
 -- name: hot
 -- Rows that the backfill has written, and how many of these updates were HOT.
 -- lock: none

@@ -55,6 +55,10 @@ __all__ = ["STEPS", "Migration", "Preview", "Result", "Status"]
 _FOLLOWER_PATIENCE: Final = 30.0
 #: Seconds between two looks at what is pending while a swap waits for its moment.
 _LOOK_WHILE_WAITING: Final = 2.0
+#: A table up to so many bytes is read whole for an exact figure of `status`; of a larger one it tells an estimate.
+CHEAP: Final = 32 * 2**20
+#: Rows that are counted through a pending index: by `status`, and by `status --check`, which only has to know of some.
+_COUNTED: Final = (100_000, 1_000)
 #: A pending row that waits longer than this (seconds) is an alert, and so long an alarm is one after its last sign.
 LATE: Final = 60.0
 ALARMING: Final = 3600.0
@@ -103,6 +107,11 @@ class Result:
         return self.stage.reached(Stage.VERIFIED) and not self.stage.closed
 
 
+#: How a figure is known: counted, estimated, or counted so far and no further.
+Known = Literal["exact", "about", "at least"]
+_NOT_ASKED: Final[tuple[None, Known]] = (None, "exact")
+
+
 @dataclass(frozen=True, slots=True)
 class Side:
     """One generation as `status` shows it."""
@@ -117,6 +126,8 @@ class Side:
     read: float | None = None
     #: The setting that makes a session one of this generation's, where it has a view.
     search_path: str | None = None
+    #: How `pending` is known.
+    known: Known = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +151,10 @@ class Status:
     closing: str | None
     live: Side | None
     other: Side | None
-    rows: int
-    blank: int
-    failed: int
+    #: Rows of the table; None, as the next two: not asked.
+    rows: int | None
+    blank: int | None
+    failed: int | None
     followers: int
     next: str
     #: (name, bytes, seconds since it was made) of the backup table.
@@ -157,6 +169,15 @@ class Status:
     spent: Spent | None = None
     #: What is wrong now; a monitor shows red when there is any.
     alerts: tuple[Alert, ...] = ()
+    #: How `rows` is known.
+    known: Known = "exact"
+
+    @property
+    def estimates(self) -> dict[str, Known]:
+        """The figures that were not counted to the end, by their place in the JSON, and how each is known."""
+        sides = (("live.pending", self.live), ("other.pending", self.other))
+        known = {"rows.total": self.known} | {name: side.known for name, side in sides if side is not None}
+        return {name: how for name, how in known.items() if how != "exact"}
 
     def to_json(self) -> dict[str, Any]:
         """The public format 1: keys are added, never renamed."""
@@ -177,6 +198,7 @@ class Status:
             "live": side(self.live, role=False),
             "other": side(self.other, role=True),
             "rows": {"total": self.rows, "blank": self.blank, "failed": self.failed},
+            "estimates": self.estimates,
             "followers": self.followers,
             "next": self.next,
             "closing": self.closing,
@@ -366,10 +388,13 @@ class Migration:
                 )
             return rehearse(self.control, made.plan, read_table(self.control, self.oid))
 
-    def status(self) -> Status:
-        """What is true now: which model answers, what is pending, what comes next."""
+    def status(self, *, check: bool = False) -> Status:
+        """What is true now: which model answers, what is pending, what comes next.
+
+        `check`: only what the alerts are made of, for a monitor; it never scans the table, however small.
+        """
         with translated(self._command("status")):
-            return self._status()
+            return self._status(check=check)
 
     def events(self, limit: int = 1000) -> list[Event]:
         """Every step with its figures, oldest first."""
@@ -1366,72 +1391,86 @@ class Migration:
         following = "" if row.stage.closed else f"revector {NEXT[row.stage]} {self.argument}"
         return Result(self.name, command, row.stage, answering.model.model, outcome.summary, following, outcome.figures)
 
-    def _status(self) -> Status:
-        table = read_table(self.control, self.oid)
-        if not ledgers.exists(self.control):
-            return Status(
-                self.name,
-                None,
-                None,
-                None,
-                None,
-                _rows(self.control, table.identifier),
-                0,
-                0,
-                0,
-                f"revector plan {self.argument} --from MODEL --to MODEL",
-            )
-        row = self.latest()
-        live = self.ledger.live()
-        following = self.ledger.followers()
-        total = _rows(self.control, table.identifier)
-        if row is None or row.stage.closed:
-            view = self.ledger.views().get(live.number) if live else None
-            path = self._search_path(view, table.schema) if view is not None and view.view else None
-            side = None
-            if live is not None:
-                side = Side(live.column, live.model.model, live.model.dimension, None, search_path=path)
-            stage = row.stage if row else None
-            tail = "" if live else " --from MODEL"
-            return Status(
-                self.name,
-                stage,
-                None,
-                side,
-                None,
-                total,
-                0,
-                0,
-                following,
-                f"revector plan {self.argument}{tail} --to MODEL",
-            )
-        return self._open_status(row, total, following)
+    def _status(self, *, check: bool) -> Status:
+        known = ledgers.exists(self.control)
+        row, live = (self.latest(), self.ledger.live()) if known else (None, None)
+        if row is not None and not row.stage.closed:
+            return self._open_status(row, check=check)
+        table = None if check else read_table(self.control, self.oid)
+        side = path = None
+        if live is not None:
+            view = self.ledger.views().get(live.number) if table is not None else None
+            if table is not None and view is not None and view.view:
+                path = self._search_path(view, table.schema)
+            side = Side(live.column, live.model.model, live.model.dimension, None, search_path=path)
+        total, how = self._rows(table.identifier, cheap=self._cheap()) if table is not None else _NOT_ASKED
+        tail = "" if live else " --from MODEL"
+        return Status(
+            self.name,
+            row.stage if row else None,
+            None,
+            side,
+            None,
+            total,
+            None,
+            None,
+            self.ledger.followers() if known else 0,
+            f"revector plan {self.argument}{tail} --to MODEL",
+            known=how,
+        )
 
-    def _open_status(self, row: MigrationRow, total: int, followers: int) -> Status:
+    def _cheap(self) -> bool:
+        """Whether the table is so small that reading all of it costs next to nothing."""
+        return int(self.control.value(block("migration", "weight"), table=self.oid)) <= CHEAP
+
+    def _rows(self, table: sql.Composable, inside: str = "true", *, cheap: bool) -> tuple[int, Known]:
+        """How many rows there are: counted in a small table, else as the planner takes it from the table's statistics."""
+        if cheap:
+            return int(self.control.value(block("migration", "rows", table=table, inside=raw(inside)))), "exact"
+        told = self.control.value(block("migration", "estimate", table=table, inside=raw(inside)))
+        return int(told[0]["Plan"]["Plan Rows"]), "about"
+
+    def _pending(
+        self, row: MigrationRow, work: Work, generation: Generation, column: str, *, check: bool, cheap: bool
+    ) -> tuple[int | None, Known]:
+        """Rows pending in a generation; None: it cannot be told without reading the table."""
+        parts = {"table": work.table, "column": sql.Identifier(column), "text": raw(row.plan.text_sql)}
+        indexed = self.control.value(
+            block("phases/verify", "index"), table=self.oid, name=generation.pending_index
+        )  # by its name, for REINDEX CONCURRENTLY leaves another OID
+        if indexed or cheap:
+            limit = _COUNTED[check]
+            with self.control.transaction():
+                # The planner may not know yet how few rows are pending; it must not read the others for that.
+                self.control.execute("SET LOCAL enable_seqscan = off")
+                found = int(self.control.value(
+                    block("phases/backfill", "pending_unrefused", **parts),
+                    migration=row.id, generation=generation.number, limit=limit + 1,
+                ))  # fmt: skip
+            return (limit, "at least") if found > limit else (found, "exact")
+        if check or row.stage.reached(Stage.INDEXED):
+            return _NOT_ASKED
+        share, rows = self.ledger.unswept()
+        if rows is None:
+            rows, _ = self._rows(work.table, row.plan.inside, cheap=False)
+        return round(share * rows), "about"
+
+    def _open_status(self, row: MigrationRow, *, check: bool) -> Status:
         plan = row.plan
         work = self._work(row)
         answering, other = (plan.new, plan.old) if row.stage is Stage.CUT_OVER else (plan.old, plan.new)
         guarded = row.stage in (Stage.SERVED, Stage.CUT_OVER)
+        cheap = not check and self._cheap()
+        writes, views, schema = ({}, {}, "") if check else (self.ledger.writes(), self.ledger.views(), work.schema)
 
-        def pending(generation: Any) -> int | None:
-            column = work.column(generation)
-            if column is None:
-                return None
-            parts = {"table": work.table, "column": sql.Identifier(column), "text": raw(plan.text_sql)}
-            return int(self.control.value(
-                block("phases/backfill", "pending_unrefused", **parts),
-                migration=row.id, generation=generation.number, limit=10_000_000,
-            ))  # fmt: skip
-
-        failures = self.ledger.failures(plan.new.number).values()
-        blank = self.control.value(
-            block("migration", "blank", table=work.table, text=raw(plan.text_sql), inside=raw(plan.inside))
-        )
-        writes, views, schema = self.ledger.writes(), self.ledger.views(), work.schema
-
-        def side(generation: Generation, column: str, pending: int | None, role: str) -> Side:
+        def side(generation: Generation, column: str, role: str) -> Side:
             model, answers = generation.model, generation is answering
             view = views.get(generation.number)
+            # Before SERVED the live column is the application's; what is pending then is no alert.
+            asked = guarded or not (answers or check)
+            pending, known = (
+                self._pending(row, work, generation, column, check=check, cheap=cheap) if asked else _NOT_ASKED
+            )
             return Side(
                 column,
                 model.model,
@@ -1439,39 +1478,53 @@ class Migration:
                 pending,
                 role,
                 writes.get(generation.number, (None, None))[0],
-                self._last_read(plan, generation, live=answers),
+                None if check else self._last_read(plan, generation, live=answers),
                 self._search_path(view, schema) if view is not None and view.view else None,
+                known,
             )
 
-        live = side(answering, work.column(answering) or plan.column, pending(answering) if guarded else None, "live")
+        live = side(answering, work.column(answering) or plan.column, "live")
         role = "previous" if row.stage is Stage.CUT_OVER else "candidate"
-        second = None
-        if (column := work.column(other)) is not None:
-            second = side(other, column, pending(other), role)
-        following = row.closing or NEXT[row.stage]
-        saved = None
-        if plan.backup and (oid := self.ledger.owned().get(("backup", plan.backup))):
-            found = self.control.row(block("migration", "backup_state"), table=oid, migration=row.id)
-            saved = (plan.backup, found.bytes, found.age) if found and found.bytes is not None else None
-        failed = sum(f.kind != "blank" for f in failures)
-        return Status(
+        second = side(other, column, role) if (column := work.column(other)) is not None else None
+        vigil = tuple(self.ledger.vigil())
+        now = Status(
             self.name,
             row.stage,
             row.closing,
             live,
             second,
-            total,
-            blank,
-            failed,
-            followers,
-            f"revector {following} {self.argument}",
-            saved,
-            row.limits,
-            self._written(row),
-            tuple(vigil := self.ledger.vigil()),
-            spent(self.control, row.id, row.limits),
-            self._alerts(row, [s for s in (live, second) if s is not None], vigil, guarded=guarded),
+            None,
+            None,
+            None,
+            self.ledger.followers(),
+            f"revector {row.closing or NEXT[row.stage]} {self.argument}",
+            tuning=row.limits,
+            vigil=vigil,
+            spent=spent(self.control, row.id, row.limits),
+            alerts=self._alerts(row, [s for s in (live, second) if s is not None], vigil, guarded=guarded),
         )
+        if check:
+            return now
+        rows, known = self._rows(work.table, cheap=cheap)
+        text, inside = raw(plan.text_sql), raw(plan.inside)
+        return replace(
+            now,
+            rows=rows,
+            known=known,
+            blank=self.control.value(block("migration", "blank", table=work.table, text=text, inside=inside))
+            if cheap
+            else None,
+            failed=sum(f.kind != "blank" for f in self.ledger.failures(plan.new.number).values()),
+            backup=self._saved(row),
+            written=self._written(row),
+        )
+
+    def _saved(self, row: MigrationRow) -> tuple[str, int, float] | None:
+        name = row.plan.backup
+        if not name or not (oid := self.ledger.owned().get(("backup", name))):
+            return None
+        found = self.control.row(block("migration", "backup_state"), table=oid, migration=row.id)
+        return (name, found.bytes, found.age) if found and found.bytes is not None else None
 
     def _written(self, row: MigrationRow) -> tuple[int, float, float | None] | None:
         rows, hot = self.ledger.hot()
@@ -1487,11 +1540,19 @@ class Migration:
             try:
                 trigger.check(self.control, row.plan)
             except Refused as error:
-                found.append(Alert("trigger", f"{error}: {error.why}", error.hint))
+                what = str(error).removeprefix(f"{row.plan.table}: ")
+                found.append(Alert("trigger", f"{what}. {error.why}", error.hint))
         if not guarded:
             return tuple(found)
-        waiting = [side for side in sides if side.pending]
-        rows = " and ".join(f"{side.pending:,} rows have no vector of {side.model}" for side in waiting)
+        # What cannot be counted may be pending.
+        waiting = [side for side in sides if side.pending != 0]
+        rows = " and ".join(
+            f"how many rows have no vector of {side.model} cannot be told without its index"
+            if side.pending is None
+            else f"{'' if side.known == 'exact' else f'{side.known} '}{side.pending:,}"
+            f" {'row has' if side.pending == 1 else 'rows have'} no vector of {side.model}"
+            for side in waiting
+        )
         follow = f"revector follow {self.argument}"
         ailing = [f for f in vigil if f.trouble]
         if not any(f.active for f in vigil):
@@ -1598,10 +1659,6 @@ def way_back(session: Session, ledger: Ledger, name: str, vector: str | None) ->
         "vector": plan.column,
         "back": Back(source, plan.old.model, plan.live_indexes),
     }
-
-
-def _rows(session: Session, table: sql.Composable) -> int:
-    return int(session.value(sql.SQL("SELECT count(*) FROM {}").format(table)))
 
 
 def _asked(request: Request | None, to: str | None, from_: str | None) -> Request:

@@ -3,6 +3,22 @@
 -- lock: ACCESS SHARE
 SELECT count(*) FROM {table} AS t WHERE ({inside}) AND (({text}) IS NULL OR btrim(({text})::text, E' \t\n\r\f\v') = '');
 
+-- name: weight
+-- Bytes of a table with its partitions: heap and what is stored out of line, not the indexes.
+-- lock: none
+SELECT coalesce(sum(pg_table_size(oid)), 0)::bigint AS bytes
+  FROM (SELECT %(table)s::oid AS oid UNION SELECT relid FROM pg_partition_tree(%(table)s::oid)) AS tree;
+
+-- name: rows
+-- How many rows there are, by reading them all: only of a small table.
+-- lock: ACCESS SHARE
+SELECT count(*) FROM {table} AS t WHERE {inside};
+
+-- name: estimate
+-- How many rows the planner expects: from the table's statistics and its present size; no row is read.
+-- lock: ACCESS SHARE
+EXPLAIN (FORMAT JSON) SELECT FROM {table} AS t WHERE {inside};
+
 -- name: backup_state
 -- Size of the backup table, and seconds since it was verified.
 -- lock: none

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from revector.knowledge_base import Loaded, Registered
     from revector.ledger import Event, MigrationRow
     from revector.maintenance import Versions
-    from revector.migration import Exposed, Missing, Preview, Result, Side, Status
+    from revector.migration import Exposed, Known, Missing, Preview, Result, Side, Status
     from revector.plan import Finding, Request, TargetIndex
     from revector.rehearsal import Rehearsed
     from revector.search import SearchResult
@@ -91,10 +91,13 @@ def error(told: RevectorError, width: int | None = None) -> str:
     if told.why:
         why = " ".join(told.why.split())
         lines.append(paragraph(why, "  ", width) if width else f"  {why}")
-    hints = [hint for hint in told.hint.splitlines() if hint]
-    # "or ..." and "then: ..." go on with the line above them.
-    lines += [f"  {'      ' if hint.startswith(('or ', 'then', ' ')) else 'next: '}{hint}" for hint in hints]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_nexts(told.hint, "  ")])
+
+
+def _nexts(hint: str, indent: str) -> list[str]:
+    """A `next:` line for each line of a hint; "or ...", "then: ..." and indented ones go on with the line above."""
+    hints = filter(None, hint.splitlines())
+    return [f"{indent}{'      ' if hint.startswith(('or ', 'then', ' ')) else 'next: '}{hint}" for hint in hints]
 
 
 def help_page(usage: str, text: str, panels: Mapping[str, Sequence[tuple[str, str]]]) -> str:
@@ -388,16 +391,18 @@ def _is_nothing(value: object) -> bool:
 def status(now: Status) -> str:
     """One table's state."""
     if now.stage is None and now.live is None:
-        return f"{now.table}: revector does not know this table; it has {now.rows:,} rows\nnext: {now.next}"
+        has = "" if now.rows is None else f"; it has {_counted(now.rows, now.known)} rows"
+        return f"{now.table}: revector does not know this table{has}\nnext: {now.next}"
     head = f"{now.table}: {now.stage or 'no migration yet'}" + (f", {now.closing} has begun" if now.closing else "")
     rows: list[tuple[str, str]] = []
     columns = [(side.role, side) for side in (now.live, now.other) if side is not None]
     width = [max(len(getattr(side, name)) for _, side in columns) if columns else 0 for name in ("column", "model")]
-    rows += [(role, _side(side, width)) for role, side in columns]
+    rows += [(role, _side(side, width, now.rows)) for role, side in columns]
     odd = [f"{count:,} {what}" for count, what in (
         (now.blank, "blank or without text"), (now.failed, "refused by the model"),
     ) if count]  # fmt: skip
-    rows.append(("rows", f"{now.rows:,}" + (f" ({', '.join(odd)})" if odd else "")))
+    if now.rows is not None:
+        rows.append(("rows", _counted(now.rows, now.known) + (f" ({', '.join(odd)})" if odd else "")))
     if now.other is not None:
         rows.append(("followers", _followers(now)))
     rows += [("view", f"search_path={side.search_path}  ({role})") for role, side in columns if side.search_path]
@@ -416,8 +421,12 @@ def status(now: Status) -> str:
         rows.append(("closing", f"writes are not guarded any more: {now.closing} must be completed"))
     if now.spent is not None:
         rows.append(("spent", _spent(now.spent)))
-    rows += [("ALERT", f"{alert.what}; {alert.next}") for alert in now.alerts]
-    return "\n".join([head, *(f"  {name:<11}{told}" for name, told in rows), f"next: {now.next}"])
+    rows += [("ALERT", "\n".join([alert.what, *_nexts(alert.next, " " * 13)])) for alert in now.alerts]
+    if now.rows is None and not now.alerts:
+        rows.append(("alerts", "none"))
+    # What an alert asks for comes first.
+    following = f"{'then' if now.alerts else 'next'}: {now.next}"
+    return "\n".join([head, *(f"  {name:<11}{told}" for name, told in rows), following])
 
 
 def _spent(spent: Spent) -> str:
@@ -465,8 +474,13 @@ def steered(table: str, row: MigrationRow) -> str:
     return "\n".join(lines)
 
 
-def _side(side: Side, width: Sequence[int]) -> str:
-    pending = "" if side.pending is None else f"  {side.pending:,} pending"
+def _counted(number: int, known: Known) -> str:
+    return f"{number:,}" if known == "exact" else f"{known} {number:,}"
+
+
+def _side(side: Side, width: Sequence[int], rows: int | None) -> str:
+    of = f" of {rows:,}" if side.known == "about" and rows is not None else ""
+    pending = "" if side.pending is None else f"  {_counted(side.pending, side.known)}{of} pending"
     seen = [
         f"{what} {duration(age)} ago"
         for what, age in (("written", side.written), ("read", side.read))

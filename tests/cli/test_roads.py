@@ -88,6 +88,7 @@ def test_json_is_alone_on_stdout(dsn: str, connection: psycopg.Connection[Any]) 
         "live": {"column": "embedding", "model": OLD, "dimension": 16, "pending": None},
         "other": {"column": "embedding_g2", "model": NEW, "dimension": 32, "role": "candidate", "pending": 0},
         "rows": {"total": 60, "blank": 0, "failed": 0},
+        "estimates": {},
         "followers": 0,
         "next": "revector cutover kb",
         "closing": None,

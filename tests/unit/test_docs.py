@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from revector.embed.spec import KNOWN_MODELS
 from revector.knowledge_base import Method, ddl
 from revector.ledger import NEXT as NEXT_COMMAND
 from revector.ledger import TRANSITIONS, Stage
+from revector.work import STEPS
 
 ROOT = Path(__file__).parents[2]
 STATUS = ROOT / "docs/reference/status.md"
@@ -174,6 +176,21 @@ def generated(text: str) -> str:
 def test_diagram_and_table_of_stages_are_current() -> None:
     text = STATUS.read_text(encoding="utf-8")
     assert text == generated(text), "run: PYTHONPATH=tests python tests/unit/test_docs.py"
+
+
+def test_the_page_lists_every_event() -> None:
+    """What the steps record, and what is recorded beside them: limits, pauses, consents, alarms."""
+    source = "".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "src/revector").rglob("*.py")))
+    beside = set(re.findall(r'(?:\.event|\.record|_tuned)\(\s*"([a-z_.]+)"', source))
+    assert {"alarm", "paused", "load", "consent"} <= beside
+    # A window's figures are in revector.windows.
+    recorded = beside | set(STEPS) - {"backfill.window", "restore.window"}
+    table = STATUS.read_text(encoding="utf-8").split("## Events")[1].split("\n## ")[0]
+    listed = [
+        name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`([a-z_.*]+)`", row)
+    ]
+    assert not {name for name in recorded if not any(fnmatch(name, pattern) for pattern in listed)}
+    assert not {pattern for pattern in listed if not any(fnmatch(name, pattern) for name in recorded)}
 
 
 def test_every_stage_is_explained() -> None:

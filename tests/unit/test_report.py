@@ -11,7 +11,7 @@ import pytest
 from revector import report
 from revector.errors import Refused
 from revector.ledger import Event, Stage
-from revector.migration import Result, Side, Status
+from revector.migration import Alert, Result, Side, Status
 from revector.plan import Consents, Finding, Request
 from revector.search import Hit, SearchResult
 
@@ -204,6 +204,24 @@ def test_status_in_words() -> None:
         registered
     )
     assert report.statuses([]).startswith("revector knows no table in this database yet.\n")
+
+
+def test_an_alert_has_its_remedy_below_it_and_before_the_next_command() -> None:
+    """A remedy may be several statements; no command of the migration comes before it."""
+    alert = Alert(
+        "trigger",
+        "the trigger is missing: edits may be missed.",
+        "CREATE ...;\nmake them pending:\n  UPDATE ...;\nthen again",
+    )
+    told = report.status(status(alerts=(alert,)))
+    assert told.endswith(
+        "  ALERT      the trigger is missing: edits may be missed.\n"
+        "             next: CREATE ...;\n"
+        "             next: make them pending:\n"
+        "                     UPDATE ...;\n"
+        "                   then again\n"
+        "then: revector cutover kb"
+    )
 
 
 def test_events_in_words() -> None:

@@ -209,7 +209,7 @@ def _make_windows(work: Work, sweep: int, rows: int) -> None:
         size = high if sweep else int(min(max(wanted, low), high))
         for leaf, end in sizes.items():
             work.ledger.make_windows(sweep, leaf.oid, size, end)
-        told |= {"sweep": sweep, "blocks": blocks, "window": size, "leaves": len(sizes)}
+        told |= {"sweep": sweep, "rows": rows, "blocks": blocks, "window": size, "leaves": len(sizes)}
 
 
 class _Sweep:
