@@ -557,14 +557,16 @@ class Migration:
                 return self._expose_open(
                     row,
                     from_=from_,
+                    text=text,
                     vector=vector,
                     refresh=refresh,
                     follow=follow,
                     without_follower=without_follower,
                     limits=limits,
                 )
+            self._check_idle("no migration is open", follow=follow, without_follower=without_follower)
             table = read_table(self.control, self.oid)
-            on_record = self._live_on_record(from_, vector)
+            on_record = self._live_on_record(from_, text, vector)
             known = self.ledger.views() if ledgers.exists(self.control) else {}
             number = on_record.number if on_record else 1
             if on_record is None and ledgers.exists(self.control) and self.ledger.registered():
@@ -816,6 +818,7 @@ class Migration:
         row: MigrationRow,
         *,
         from_: str | None,
+        text: str | None,
         vector: str | None,
         refresh: bool,
         follow: bool,
@@ -836,8 +839,17 @@ class Migration:
                 why="A migration is open, and its plan says so. Nothing was changed.",
                 hint=f"leave --from out: {self._command('expose')}",
             )
+        if text not in (None, plan.text):
+            raise Refused(
+                f"{self.name}: the migration embeds {plan.text}, not {text}",
+                why="A migration is open, and its plan says so. Nothing was changed.",
+                hint=f"leave --text out: {self._command('expose')}",
+            )
         table, known = read_table(self.control, self.oid), self.ledger.views()
         both = row.stage.reached(Stage.VERIFIED)
+        if row.stage is not Stage.VERIFIED:
+            state = f"the migration is at {row.stage}"
+            self._check_idle(state, follow=follow and not both, without_follower=without_follower, guarded=both)
         generations = (plan.old, plan.new) if both else (plan.old,)
         schemas = [plan.view_schema(generation) for generation in generations]
         expose.check(self.control, table, schemas, known, self._command("expose"))
@@ -893,8 +905,21 @@ class Migration:
             observe=self.observe,
         )
 
-    def _live_on_record(self, from_: str | None, vector: str | None) -> LiveGeneration | None:
-        """The live generation on record; refused where there are several, or another model is named."""
+    def _check_idle(self, state: str, *, follow: bool, without_follower: bool, guarded: bool = False) -> None:
+        """Options of `expose` that cannot act now: a wish is refused, a consent that is not asked for is said to be idle."""
+        why = "Before VERIFIED the live model alone has a view, and nothing of its vectors is pending"
+        if follow:
+            raise Refused(
+                f"{self.name}: {state}, so --follow has nothing to do",
+                why=f"{why}; from VERIFIED on --follow keeps both models' views fresh. Nothing was changed.",
+                hint=f"leave it out: {self._command('expose')}",
+            )
+        if without_follower:
+            why = "expose asks for a follower at VERIFIED alone" if guarded else f"{why}; it is a consent for VERIFIED"
+            self.observe(Note(f"--without-follower has no effect now: {state}. {why}"))
+
+    def _live_on_record(self, from_: str | None, text: str | None, vector: str | None) -> LiveGeneration | None:
+        """The live generation on record; refused where there are several, or another model or text is named."""
         lives = self.ledger.lives(vector) if ledgers.exists(self.control) else []
         if len(lives) > 1:
             several = "; ".join(f"{live.column}: {live.model.model}" for live in lives)
@@ -909,6 +934,12 @@ class Migration:
                 f"{self.name}: {lives[0].model.model} is on record for {lives[0].column}, not {from_}",
                 why="Nothing was changed.",
                 hint=f"leave --from out: {self._command('expose')}",
+            )
+        if lives and text not in (None, lives[0].text):
+            raise Refused(
+                f"{self.name}: the text of {lives[0].column} is on record as {lives[0].text}, not {text}",
+                why="Nothing was changed.",
+                hint=f"leave --text out: {self._command('expose')}",
             )
         return lives[0] if lives else None
 
@@ -1230,6 +1261,8 @@ class Migration:
 
     def _check_follower(self, command: str, *, follow: bool, without_follower: bool) -> None:
         if follow or self.ledger.followers():
+            if without_follower:
+                self.observe(Note("--without-follower has no effect now: a follower is alive"))
             return
         if without_follower:
             self.ledger.event("consent", {"without_follower": True})
