@@ -442,7 +442,7 @@ class Migration:
                 self._check_same_dimension(row, bare_writers_stopped, "cutover")
             work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending, limits=limits)
             work.catch_up = lambda numbers: backfill.catch_up(work, numbers, paced=True)
-            outcome = self._phases(row, work)
+            outcome = self._phases(row, work, cutover=cutover)
         if cutover:
             return self.cutover(
                 follow=follow,
@@ -522,7 +522,7 @@ class Migration:
         """
         with translated(self._command("restore")):
             row = self.latest()
-            request = Request(batch_size=batch_size, backup=backup or None, consents=consents)
+            request = Request(vector=vector, batch_size=batch_size, backup=backup or None, consents=consents)
             if row is None or row.stage.closed:
                 request = replace(request, **way_back(self.control, self.ledger, self.name, vector))
             elif row.plan.source is None:
@@ -703,10 +703,12 @@ class Migration:
         self.observe(Recorded("plan", {"fingerprint": row.fingerprint}))
         return row
 
-    def _phases(self, row: MigrationRow, work: Work) -> Outcome:
+    def _phases(self, row: MigrationRow, work: Work, *, cutover: bool) -> Outcome:
         stage, plan = row.stage, row.plan
         outcome = Outcome("already verified")
         if stage.reached(Stage.VERIFIED):
+            if work.allow_failed and not cutover:
+                work.note(f"--allow-failed has no effect now: verified already; {self._command('cutover')} takes it")
             left = work.catch_up([plan.new.number])
             return Outcome("already verified; caught up", {"pending": dict(left)})
         steps: list[tuple[str, Stage, Callable[[], Outcome]]] = [
@@ -1050,6 +1052,12 @@ class Migration:
             keep = plan.new if command == "finalize" else plan.old
             work = self._work(row, allow_failed=allow_failed, limits=limits)
             guarded = row.closing is None and row.stage in (Stage.SERVED, Stage.CUT_OVER)
+            if drop_backup and plan.backup is None:
+                self.observe(Note("--drop-backup has no effect: this migration has made no backup"))
+            if command == "finalize" and row.closing:
+                given = {"--allow-failed": allow_failed != 0, "--quiet-for": quiet_for != QUIET_FOR}
+                if idle := ", ".join(name for name, said in given.items() if said):
+                    self.observe(Note(f"{idle} has no effect now: finalize has begun, and only goes on"))
             if guarded and command == "finalize":
                 trigger.check(self.control, plan)
                 self._check_quiet(work, quiet_for)
