@@ -28,7 +28,7 @@ import typer
 import typer.core
 
 from revector import __version__, report
-from revector.errors import GateFailed, Interrupted, Refused, Resumable, RevectorError, UsageError
+from revector.errors import GateFailed, Interrupted, NotReady, Refused, Resumable, RevectorError, UsageError
 
 if TYPE_CHECKING:
     from revector.db import PauseLimits
@@ -1602,7 +1602,7 @@ def _main(arguments: Sequence[str]) -> int:
             raise _died[0]
         _stop.check()
         return code if isinstance(code, int) else 0
-    except Resumable as error:
+    except (Resumable, NotReady) as error:
         if not error.hint or error.hint.startswith("the same command again"):
             error.hint = again
         return _fail(error)

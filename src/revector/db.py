@@ -23,6 +23,7 @@ from psycopg.rows import namedtuple_row
 from revector.errors import (
     Interrupted,
     KeyRejected,
+    NotReady,
     PauseBudgetMissed,
     Refused,
     Resumable,
@@ -527,7 +528,7 @@ def translated(command: str = "") -> Iterator[None]:
         ) from error
     except psycopg.Error as error:
         if error.sqlstate in (DOUBT, PENDING):
-            raise Refused(_first_line(error), why="Nothing was changed.", hint=again) from error
+            raise NotReady(_first_line(error), why="Nothing was changed.", hint=again) from error
         if error.sqlstate is None or error.sqlstate.startswith(("08", "57")):
             raise ServerLost("the connection to the database was lost", why=_first_line(error), hint=again) from error
         raise

@@ -21,7 +21,9 @@ from revector.errors import (
     GateFailed,
     LedgerUnreadable,
     ModelChanged,
+    NotReady,
     Outage,
+    PauseBudgetMissed,
     Refused,
     RevectorError,
     UsageError,
@@ -123,8 +125,9 @@ class MigrationRow:
         return f"The migration is at {self.stage}; {answering.model.model} answers."
 
     def explain(self, error: RevectorError, command: str) -> None:
-        """Complete what a model's failure says: what is true now, and the exact next command."""
-        if not isinstance(error, (UsageError, GateFailed, ModelChanged, Outage, BudgetSpent)) or self.stage.closed:
+        """Complete what a model's failure, or a lock that was not taken, says: what is true now, and the next command."""
+        told = (UsageError, GateFailed, ModelChanged, NotReady, Outage, BudgetSpent, PauseBudgetMissed)
+        if not isinstance(error, told) or self.stage.closed:
             return
         if "answers" not in error.why:
             error.why = f"{error.why} {self.standing}".strip()

@@ -18,7 +18,17 @@ from revector import trigger
 from revector.carried import set_on
 from revector.catalog import Dependent, Table, dependents, find_table, holding, publishing, read_server, read_table
 from revector.db import DEFAULT_LIMITS, Database, PauseLimits, Session, block, raw, translated
-from revector.errors import Busy, GateFailed, Interrupted, Outage, Refused, RevectorError, ServerLost, UsageError
+from revector.errors import (
+    Busy,
+    GateFailed,
+    Interrupted,
+    Outage,
+    PauseBudgetMissed,
+    Refused,
+    RevectorError,
+    ServerLost,
+    UsageError,
+)
 from revector.follow import Follower
 from revector.ledger import NEXT, Event, Ledger, LiveGeneration, MigrationRow, Stage, Vigil
 from revector.moment import AT_ONCE, Moment, wait
@@ -551,7 +561,7 @@ class Migration:
         From VERIFIED on both generations are guarded and caught up first. `from_` (with `text` and `vector`) names
         the model of a table that revector does not know yet. `refresh` follows changes of the table and its grants.
         """
-        with translated(self._command("expose")):
+        with self._explained("expose"):
             row = self.latest()
             if row is not None and not row.stage.closed:
                 return self._expose_open(
@@ -581,7 +591,7 @@ class Migration:
 
     def unexpose(self, *, limits: PauseLimits = DEFAULT_LIMITS) -> Exposed:
         """Drop this table's views; their clients work with the bare table from then on."""
-        with translated(self._command("expose --drop")):
+        with self._explained("expose --drop"):
             row = self.latest()
             table = read_table(self.control, self.oid)
             if row is None or row.stage.closed:
@@ -1376,15 +1386,18 @@ class Migration:
 
     @contextmanager
     def _explained(self, command: str) -> Iterator[None]:
-        """PostgreSQL's errors become ours, and a model's failure says what is true now and what to do next."""
-        with translated(self._command(command)):
-            try:
+        """PostgreSQL's errors become ours; a model's failure, or a lock not taken, says what is true and what comes next."""
+        try:
+            with translated(self._command(command)):
                 yield
-            except RevectorError as error:
-                with suppress(psycopg.Error):  # the first error is the one that counts
-                    if (row := self.latest()) is not None:
-                        row.explain(error, self._command(command))
-                raise
+        except RevectorError as error:
+            with suppress(psycopg.Error, RevectorError):  # the first error is the one that counts
+                row = self.latest()
+                if row is not None and not row.stage.closed:
+                    row.explain(error, self._command(command))
+                elif isinstance(error, PauseBudgetMissed) and (live := self.ledger.live()) is not None:
+                    error.why = f"{error.why} {live.model.model} answers.".strip()
+            raise
 
     def _purse_of(self, row: MigrationRow) -> Purse:
         """What this process counts its requests with."""

@@ -543,6 +543,8 @@ def test_one_reader_waits_for_no_more_than_the_budget(dsn: str, connection: psyc
             stop.set()
             reader.join()
     assert "a long report, idle in transaction since" in caught.value.why
+    assert caught.value.why.endswith(f"The migration is at SERVED; {OLD} answers.")
+    assert caught.value.hint.endswith("revector expose --drop kb" if how == "drop" else "revector expose kb")
     assert any("attempt 1 of 1" in note and "a long report" in note for note in told)
     assert longest[0] * 1000 < budget + 120, f"{longest[0] * 1000:.0f} ms"
     assert schemas(connection) == {"rv_kb_g1", "rv_kb_g2"}
