@@ -28,7 +28,7 @@ import typer
 import typer.core
 
 from revector import __version__, report
-from revector.errors import GateFailed, Interrupted, Refused, Resumable, RevectorError, UsageError
+from revector.errors import GateFailed, Interrupted, NotReady, Refused, Resumable, RevectorError, UsageError
 
 if TYPE_CHECKING:
     from revector.db import PauseLimits
@@ -614,6 +614,7 @@ def plan(
 
 @app.command(cls=_Command, rich_help_panel=FORWARD)
 def run(
+    context: typer.Context,
     table: Table,
     from_: From = None,
     to: To = None,
@@ -674,11 +675,11 @@ def run(
         include_null,
     )
     if not cutover:
-        _only_with_cutover(follow, without_follower, bare_writers_stopped, allow_pending, at, when_file)
+        _only_with_cutover(context)
     _not_both(follow, without_follower)
     limits, when = _limits(max_pause_ms, attempts), _moment(at, when_file)
     if dry_run:
-        _plan(table, request, verbose, per_million=per_million)
+        _plan(table, request, verbose, per_million=per_million, idle=_said(context, but=_PLANNED))
         return
     with _steering(table, verbose) as (migration, terminal):
         began = time.monotonic()
@@ -705,6 +706,7 @@ def run(
 
 @app.command(cls=_Command, rich_help_panel=FORWARD)
 def follow(
+    context: typer.Context,
     table: Table,
     once: Annotated[bool, typer.Option("--once", help="Fill what is pending now, and end.")] = False,
     health_every: Annotated[
@@ -725,6 +727,11 @@ def follow(
     from revector.follow import Follower
     from revector.migration import Migration
 
+    if once and _said(context, of=("health_every",)):
+        raise UsageError(
+            "--once writes no health lines, so --health-every would do nothing",
+            hint=f"leave it out: revector follow {shlex.quote(table)} --once",
+        )
     settings = _settings()
     with _terminal(verbose) as terminal:
         with Migration.open(settings, table=table, observe=terminal, stop=_stop, steer=False) as migration:
@@ -791,6 +798,7 @@ def expose(
 
 @app.command(cls=_Command, rich_help_panel=FORWARD)
 def cutover(
+    context: typer.Context,
     table: Table,
     follow: Follow = False,
     without_follower: WithoutFollower = False,
@@ -822,7 +830,7 @@ def cutover(
     """
     _not_both(follow, without_follower)
     if check or as_json:
-        _check_missing(table, "cutover", verbose, as_json=as_json, check=check)
+        _check_missing(context, table, "cutover", verbose, as_json=as_json, check=check)
         return
     limits, when = _limits(max_pause_ms, attempts), _moment(at, when_file)
     with _steering(table, verbose) as (migration, terminal):
@@ -895,6 +903,7 @@ def abort(table: Table, max_pause_ms: MaxPause = 200, attempts: Attempts = 5, ve
 
 @app.command(cls=_Command, rich_help_panel=BACK)
 def rollback(
+    context: typer.Context,
     table: Table,
     follow: Follow = False,
     without_follower: WithoutFollower = False,
@@ -916,7 +925,7 @@ def rollback(
     """
     _not_both(follow, without_follower)
     if check or as_json:
-        _check_missing(table, "rollback", verbose, as_json=as_json, check=check)
+        _check_missing(context, table, "rollback", verbose, as_json=as_json, check=check)
         return
     limits, when = _limits(max_pause_ms, attempts), _moment(at, when_file)
     with _steering(table, verbose) as (migration, terminal):
@@ -1381,6 +1390,7 @@ def _plan(
     per_million: float | None = None,
     per_hour: float | None = None,
     rehearsed: bool = False,
+    idle: Sequence[str] = (),
 ) -> None:
     from revector.ledger import NEXT
     from revector.migration import Migration
@@ -1389,6 +1399,8 @@ def _plan(
         _terminal(verbose) as terminal,
         Migration.open(_settings(), table=table, observe=terminal, steer=False) as migration,
     ):
+        if idle:
+            terminal.note(f"a dry run makes nothing of {', '.join(idle)}: the run does")
         shown: Preview = migration.preview(request)
         row = migration.latest()
         following = report.run_command(table, request)
@@ -1401,6 +1413,8 @@ def _plan(
             "per_hour": per_hour,
         }
         done = migration.rehearse(shown.draft) if rehearsed and not shown.draft.blockers else None
+        if rehearsed and done is None:
+            terminal.note("--rehearse: nothing was tried, for preconditions are not met")
         if as_json:
             told = report.preview_json(shown, **given)
             terminal.say(_json(told | ({"rehearsal": report.rehearsed_json(done)} if done else {})))
@@ -1463,13 +1477,24 @@ def _request(
 
 
 def _check_missing(
-    table: str, command: Literal["cutover", "rollback"], verbose: bool, *, as_json: bool, check: bool
+    context: typer.Context,
+    table: str,
+    command: Literal["cutover", "rollback"],
+    verbose: bool,
+    *,
+    as_json: bool,
+    check: bool,
 ) -> None:
     """What search would miss after a swap now; an error when it is anything."""
     from revector.migration import Migration
 
     if not check:
         raise UsageError("--json: only with --check", hint="add --check, or look at status --json")
+    if idle := _said(context, but=("check", "as_json", "verbose")):
+        raise UsageError(
+            f"--check swaps nothing, so {', '.join(idle)} would do nothing",
+            hint=f"leave it out: revector {command} {shlex.quote(table)} --check",
+        )
     with (
         _terminal(verbose) as terminal,
         Migration.open(_settings(), table=table, observe=terminal, steer=False) as migration,
@@ -1500,22 +1525,30 @@ def _moment(at: str | None, when_file: Path | None) -> Moment:
     return Moment(None if at is None else parse_time(at, datetime.now().astimezone()), when_file)
 
 
-def _only_with_cutover(
-    follow: bool,
-    without_follower: bool,
-    writers_stopped: bool,
-    allow_pending: int,
-    at: str | None,
-    when_file: Path | None,
-) -> None:
-    given = [name for name, said in (
-        ("--follow", follow),
-        ("--without-follower", without_follower),
-        ("--bare-writers-stopped", writers_stopped),
-        ("--allow-pending", allow_pending != 1000),
-        ("--at", at is not None),
-        ("--when-file", when_file is not None),
-    ) if said]  # fmt: skip
+#: What a dry run of `run` shows, or does itself.
+_PLANNED = (
+    "from_", "to", "text", "where", "vector", "key", "batch_size", "index", "m", "ef_construction", "lists", "backup",
+    "accept_triggers", "include_null", "per_million", "dry_run", "verbose",
+)  # fmt: skip
+#: What is of the swap alone.
+_OF_CUTOVER = ("follow", "without_follower", "bare_writers_stopped", "allow_pending", "at", "when_file")
+
+
+def _said(context: typer.Context, *, but: Sequence[str] = (), of: Sequence[str] | None = None) -> list[str]:
+    """The options that the command line names, those that are a default's words as well; `but` and `of` choose."""
+    return [
+        max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.param_type_name == "option"
+        and parameter.name not in but
+        and (of is None or parameter.name in of)
+        and (source := context.get_parameter_source(str(parameter.name))) is not None
+        and source.name == "COMMANDLINE"
+    ]
+
+
+def _only_with_cutover(context: typer.Context) -> None:
+    given = _said(context, of=_OF_CUTOVER)
     if given:
         raise UsageError(
             f"{', '.join(given)}: only with --cutover", hint="add --cutover, or leave it to the command cutover"
@@ -1572,7 +1605,7 @@ def _main(arguments: Sequence[str]) -> int:
             raise _died[0]
         _stop.check()
         return code if isinstance(code, int) else 0
-    except Resumable as error:
+    except (Resumable, NotReady) as error:
         if not error.hint or error.hint.startswith("the same command again"):
             error.hint = again
         return _fail(error)

@@ -23,6 +23,7 @@ from psycopg.rows import namedtuple_row
 from revector.errors import (
     Interrupted,
     KeyRejected,
+    NotReady,
     PauseBudgetMissed,
     Refused,
     Resumable,
@@ -410,7 +411,7 @@ class Database:
                 raise PauseBudgetMissed(
                     f"SHARE UPDATE EXCLUSIVE on {table.as_string(None)} was not to be had within {_SETTLE}",
                     why=f"VACUUM, CREATE INDEX or other DDL holds the table; nobody waited for us."
-                    f" {_in_the_way(session, table)}",
+                    f" {in_the_way(session, [table])}",
                 ) from None
             for number in range(1, attempts + 1):
                 sent = time.monotonic()
@@ -419,7 +420,7 @@ class Database:
                 except (pg.LockNotAvailable, pg.QueryCanceled):
                     stalled = (time.monotonic() - sent) * 1000
                     session.message([sql.SQL("ROLLBACK TO attempt")])
-                    why = _in_the_way(session, table)
+                    why = in_the_way(session, [table])
                     observe(f"attempt {number} of {attempts}: the table was busy for {stalled:.0f} ms. {why}")
                     if number < attempts:
                         time.sleep(random.uniform(0.1, 0.35))
@@ -433,12 +434,15 @@ class Database:
         raise PauseBudgetMissed(f"no attempt of {attempts} got the lock within {budget_ms} ms", why=why)
 
 
-def _in_the_way(session: Session, table: sql.Composable) -> str:
-    """Who kept the lock from us, as far as this role may see."""
-    name = sql.Literal(table.as_string(session.connection))
+def in_the_way(session: Session, locked: Sequence[sql.Composable], read: Sequence[sql.Composable] = ()) -> str:
+    """Who kept a lock from us, as far as this role may see: ACCESS EXCLUSIVE on `locked`, or ACCESS SHARE on `read`."""
+    names = {
+        part: sql.Literal([relation.as_string(session.connection) for relation in relations])
+        for part, relations in (("locked", locked), ("read", read))
+    }
     try:
         with session.transaction():
-            holders = session.rows(block("db", "holders", table=name))
+            holders = session.rows(block("db", "holders", **names))
     except psycopg.Error:
         holders = ()
     if any(row.wraparound for row in holders):
@@ -524,7 +528,7 @@ def translated(command: str = "") -> Iterator[None]:
         ) from error
     except psycopg.Error as error:
         if error.sqlstate in (DOUBT, PENDING):
-            raise Refused(_first_line(error), why="Nothing was changed.", hint=again) from error
+            raise NotReady(_first_line(error), why="Nothing was changed.", hint=again) from error
         if error.sqlstate is None or error.sqlstate.startswith(("08", "57")):
             raise ServerLost("the connection to the database was lost", why=_first_line(error), hint=again) from error
         raise

@@ -10,6 +10,7 @@
     │   └── ExpressionRefused      2  a --text expression that revector cannot use
     ├── Refused                    3  refused by state or database; nothing was changed
     │   ├── Closing                3  the migration is being closed; workers and followers end
+    │   ├── NotReady               3  rows are pending, or somebody changed something, at the moment of a short lock
     │   ├── LedgerUnreadable       3  the ledger belongs to a role that this one is no member of
     │   ├── ModelChanged           3  a different model answers behind the same name
     │   └── Busy                   3  another command steers this table
@@ -94,6 +95,10 @@ class Refused(RevectorError):
 
     exit_code = 3
     label = "refused"
+
+
+class NotReady(Refused):
+    """What a short lock's own checks look at is not ready for it; nothing was changed."""
 
 
 class LedgerUnreadable(Refused):

@@ -21,7 +21,9 @@ from revector.errors import (
     GateFailed,
     LedgerUnreadable,
     ModelChanged,
+    NotReady,
     Outage,
+    PauseBudgetMissed,
     Refused,
     RevectorError,
     UsageError,
@@ -123,8 +125,9 @@ class MigrationRow:
         return f"The migration is at {self.stage}; {answering.model.model} answers."
 
     def explain(self, error: RevectorError, command: str) -> None:
-        """Complete what a model's failure says: what is true now, and the exact next command."""
-        if not isinstance(error, (UsageError, GateFailed, ModelChanged, Outage, BudgetSpent)) or self.stage.closed:
+        """Complete what a model's failure, or a lock that was not taken, says: what is true now, and the next command."""
+        told = (UsageError, GateFailed, ModelChanged, NotReady, Outage, BudgetSpent, PauseBudgetMissed)
+        if not isinstance(error, told) or self.stage.closed:
             return
         if "answers" not in error.why:
             error.why = f"{error.why} {self.standing}".strip()
@@ -389,9 +392,9 @@ class Ledger:
         self, step: str, figures: dict[str, Any], stage: str | None = None, closing: str | None = None
     ) -> list[sql.Composable]:
         """What `record` does, as statements for a message that also holds the effect."""
-        assert self.migration is not None
         statements: list[sql.Composable] = []
         if stage or closing:
+            assert self.migration is not None
             statements.append(
                 sql.SQL(
                     "UPDATE revector.migrations SET stage = coalesce({}, stage), closing = {}, changed = now() WHERE id = {}"
@@ -441,13 +444,14 @@ class Ledger:
         """Generation number -> its view, for those that have one."""
         return {r.number: ExposedView(**r._asdict()) for r in self._rows("views", table=self.table)}
 
-    def own_view(self, number: int, schema: str, view: str, migration: int | None) -> None:
-        """Remember a view and its schema as ours; `migration`: the one that was open, None: it outlives migrations."""
-        self._run("own_view", table=self.table, number=number, schema=schema, view=view, migration=migration)
+    def own_view_sql(self, number: int, schema: str, view: str, migration: int | None) -> sql.Composable:
+        """A statement that remembers a view and its schema as ours; `migration`: the open one, None: it outlives them."""
+        told = {"table": self.table, "number": number, "schema": schema, "view": view, "migration": migration}
+        return block("ledger", "own_view", **{name: sql.Literal(value) for name, value in told.items()})
 
-    def disown_view(self, number: int) -> None:
-        """Forget a view."""
-        self._run("disown_view", table=self.table, number=number)
+    def disown_view_sql(self, number: int) -> sql.Composable:
+        """A statement that forgets a view."""
+        return block("ledger", "disown_view", table=sql.Literal(self.table), number=sql.Literal(number))
 
     def events(self, limit: int = 1000) -> list[Event]:
         """The table's events, oldest first."""

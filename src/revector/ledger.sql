@@ -207,15 +207,15 @@ SELECT w.table_oid, n.nspname AS schema FROM revector.views w JOIN pg_namespace 
 -- Remember a generation's view and its schema as ours, by OID.
 -- lock: none
 INSERT INTO revector.views (table_oid, number, schema_oid, schema_name, view_oid, migration)
-SELECT %(table)s::oid, %(number)s, n.oid, n.nspname, c.oid, %(migration)s
-  FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = %(view)s
- WHERE n.nspname = %(schema)s
+SELECT {table}::oid, {number}, n.oid, n.nspname, c.oid, {migration}
+  FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = {view}
+ WHERE n.nspname = {schema}
 ON CONFLICT (table_oid, number) DO UPDATE SET schema_oid = excluded.schema_oid, schema_name = excluded.schema_name, view_oid = excluded.view_oid;
 
 -- name: disown_view
 -- Forget a generation's view.
 -- lock: none
-DELETE FROM revector.views WHERE table_oid = %(table)s::oid AND number = %(number)s;
+DELETE FROM revector.views WHERE table_oid = {table}::oid AND number = {number};
 
 -- name: event
 -- Append one event.

@@ -18,7 +18,17 @@ from revector import trigger
 from revector.carried import set_on
 from revector.catalog import Dependent, Table, dependents, find_table, holding, publishing, read_server, read_table
 from revector.db import DEFAULT_LIMITS, Database, PauseLimits, Session, block, raw, translated
-from revector.errors import Busy, GateFailed, Interrupted, Outage, Refused, RevectorError, ServerLost, UsageError
+from revector.errors import (
+    Busy,
+    GateFailed,
+    Interrupted,
+    Outage,
+    PauseBudgetMissed,
+    Refused,
+    RevectorError,
+    ServerLost,
+    UsageError,
+)
 from revector.follow import Follower
 from revector.ledger import NEXT, Event, Ledger, LiveGeneration, MigrationRow, Stage, Vigil
 from revector.moment import AT_ONCE, Moment, wait
@@ -467,7 +477,7 @@ class Migration:
                 self._check_same_dimension(row, bare_writers_stopped, "cutover")
             work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending, limits=limits)
             work.catch_up = lambda numbers: backfill.catch_up(work, numbers, paced=True)
-            outcome = self._phases(row, work)
+            outcome = self._phases(row, work, cutover=cutover)
         if cutover:
             return self.cutover(
                 follow=follow,
@@ -547,7 +557,7 @@ class Migration:
         """
         with translated(self._command("restore")):
             row = self.latest()
-            request = Request(batch_size=batch_size, backup=backup or None, consents=consents)
+            request = Request(vector=vector, batch_size=batch_size, backup=backup or None, consents=consents)
             if row is None or row.stage.closed:
                 request = replace(request, **way_back(self.control, self.ledger, self.name, vector))
             elif row.plan.source is None:
@@ -576,20 +586,22 @@ class Migration:
         From VERIFIED on both generations are guarded and caught up first. `from_` (with `text` and `vector`) names
         the model of a table that revector does not know yet. `refresh` follows changes of the table and its grants.
         """
-        with translated(self._command("expose")):
+        with self._explained("expose"):
             row = self.latest()
             if row is not None and not row.stage.closed:
                 return self._expose_open(
                     row,
                     from_=from_,
+                    text=text,
                     vector=vector,
                     refresh=refresh,
                     follow=follow,
                     without_follower=without_follower,
                     limits=limits,
                 )
+            self._check_idle("no migration is open", follow=follow, without_follower=without_follower)
             table = read_table(self.control, self.oid)
-            on_record = self._live_on_record(from_, vector)
+            on_record = self._live_on_record(from_, text, vector)
             known = self.ledger.views() if ledgers.exists(self.control) else {}
             number = on_record.number if on_record else 1
             if on_record is None and ledgers.exists(self.control) and self.ledger.registered():
@@ -604,7 +616,7 @@ class Migration:
 
     def unexpose(self, *, limits: PauseLimits = DEFAULT_LIMITS) -> Exposed:
         """Drop this table's views; their clients work with the bare table from then on."""
-        with translated(self._command("expose --drop")):
+        with self._explained("expose --drop"):
             row = self.latest()
             table = read_table(self.control, self.oid)
             if row is None or row.stage.closed:
@@ -726,10 +738,12 @@ class Migration:
         self.observe(Recorded("plan", {"fingerprint": row.fingerprint}))
         return row
 
-    def _phases(self, row: MigrationRow, work: Work) -> Outcome:
+    def _phases(self, row: MigrationRow, work: Work, *, cutover: bool) -> Outcome:
         stage, plan = row.stage, row.plan
         outcome = Outcome("already verified")
         if stage.reached(Stage.VERIFIED):
+            if work.allow_failed and not cutover:
+                work.note(f"--allow-failed has no effect now: verified already; {self._command('cutover')} takes it")
             left = work.catch_up([plan.new.number])
             return Outcome("already verified; caught up", {"pending": dict(left)})
         steps: list[tuple[str, Stage, Callable[[], Outcome]]] = [
@@ -841,6 +855,7 @@ class Migration:
         row: MigrationRow,
         *,
         from_: str | None,
+        text: str | None,
         vector: str | None,
         refresh: bool,
         follow: bool,
@@ -861,8 +876,17 @@ class Migration:
                 why="A migration is open, and its plan says so. Nothing was changed.",
                 hint=f"leave --from out: {self._command('expose')}",
             )
+        if text not in (None, plan.text):
+            raise Refused(
+                f"{self.name}: the migration embeds {plan.text}, not {text}",
+                why="A migration is open, and its plan says so. Nothing was changed.",
+                hint=f"leave --text out: {self._command('expose')}",
+            )
         table, known = read_table(self.control, self.oid), self.ledger.views()
         both = row.stage.reached(Stage.VERIFIED)
+        if row.stage is not Stage.VERIFIED:
+            state = f"the migration is at {row.stage}"
+            self._check_idle(state, follow=follow and not both, without_follower=without_follower, guarded=both)
         generations = (plan.old, plan.new) if both else (plan.old,)
         schemas = [plan.view_schema(generation) for generation in generations]
         expose.check(self.control, table, schemas, known, self._command("expose"))
@@ -918,8 +942,21 @@ class Migration:
             observe=self.observe,
         )
 
-    def _live_on_record(self, from_: str | None, vector: str | None) -> LiveGeneration | None:
-        """The live generation on record; refused where there are several, or another model is named."""
+    def _check_idle(self, state: str, *, follow: bool, without_follower: bool, guarded: bool = False) -> None:
+        """Options of `expose` that cannot act now: a wish is refused, a consent that is not asked for is said to be idle."""
+        why = "Before VERIFIED the live model alone has a view, and nothing of its vectors is pending"
+        if follow:
+            raise Refused(
+                f"{self.name}: {state}, so --follow has nothing to do",
+                why=f"{why}; from VERIFIED on --follow keeps both models' views fresh. Nothing was changed.",
+                hint=f"leave it out: {self._command('expose')}",
+            )
+        if without_follower:
+            why = "expose asks for a follower at VERIFIED alone" if guarded else f"{why}; it is a consent for VERIFIED"
+            self.observe(Note(f"--without-follower has no effect now: {state}. {why}"))
+
+    def _live_on_record(self, from_: str | None, text: str | None, vector: str | None) -> LiveGeneration | None:
+        """The live generation on record; refused where there are several, or another model or text is named."""
         lives = self.ledger.lives(vector) if ledgers.exists(self.control) else []
         if len(lives) > 1:
             several = "; ".join(f"{live.column}: {live.model.model}" for live in lives)
@@ -934,6 +971,12 @@ class Migration:
                 f"{self.name}: {lives[0].model.model} is on record for {lives[0].column}, not {from_}",
                 why="Nothing was changed.",
                 hint=f"leave --from out: {self._command('expose')}",
+            )
+        if lives and text not in (None, lives[0].text):
+            raise Refused(
+                f"{self.name}: the text of {lives[0].column} is on record as {lives[0].text}, not {text}",
+                why="Nothing was changed.",
+                hint=f"leave --text out: {self._command('expose')}",
             )
         return lives[0] if lives else None
 
@@ -1044,6 +1087,12 @@ class Migration:
             keep = plan.new if command == "finalize" else plan.old
             work = self._work(row, allow_failed=allow_failed, limits=limits)
             guarded = row.closing is None and row.stage in (Stage.SERVED, Stage.CUT_OVER)
+            if drop_backup and plan.backup is None:
+                self.observe(Note("--drop-backup has no effect: this migration has made no backup"))
+            if command == "finalize" and row.closing:
+                given = {"--allow-failed": allow_failed != 0, "--quiet-for": quiet_for != QUIET_FOR}
+                if idle := ", ".join(name for name, said in given.items() if said):
+                    self.observe(Note(f"{idle} has no effect now: finalize has begun, and only goes on"))
             if guarded and command == "finalize":
                 trigger.check(self.control, plan)
                 self._check_quiet(work, quiet_for)
@@ -1255,6 +1304,8 @@ class Migration:
 
     def _check_follower(self, command: str, *, follow: bool, without_follower: bool) -> None:
         if follow or self.ledger.followers():
+            if without_follower:
+                self.observe(Note("--without-follower has no effect now: a follower is alive"))
             return
         if without_follower:
             self.ledger.event("consent", {"without_follower": True})
@@ -1360,15 +1411,18 @@ class Migration:
 
     @contextmanager
     def _explained(self, command: str) -> Iterator[None]:
-        """PostgreSQL's errors become ours, and a model's failure says what is true now and what to do next."""
-        with translated(self._command(command)):
-            try:
+        """PostgreSQL's errors become ours; a model's failure, or a lock not taken, says what is true and what comes next."""
+        try:
+            with translated(self._command(command)):
                 yield
-            except RevectorError as error:
-                with suppress(psycopg.Error):  # the first error is the one that counts
-                    if (row := self.latest()) is not None:
-                        row.explain(error, self._command(command))
-                raise
+        except RevectorError as error:
+            with suppress(psycopg.Error, RevectorError):  # the first error is the one that counts
+                row = self.latest()
+                if row is not None and not row.stage.closed:
+                    row.explain(error, self._command(command))
+                elif isinstance(error, PauseBudgetMissed) and (live := self.ledger.live()) is not None:
+                    error.why = f"{error.why} {live.model.model} answers.".strip()
+            raise
 
     def _purse_of(self, row: MigrationRow) -> Purse:
         """What this process counts its requests with."""

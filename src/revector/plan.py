@@ -1154,6 +1154,9 @@ def differs(plan: Plan, request: Request) -> list[str]:
     parameters = dict(plan.indexes[0].parameters) if plan.indexes else {}
     if request.index in ("hnsw", "ivfflat") and any(i.method != request.index for i in plan.indexes):
         wrong.append(f"--index {request.index}")
+    planned, live = ({i.method for i in indexes} for indexes in (plan.indexes, plan.live_indexes))
+    if request.index == "same" and "ivfflat" in live - planned:
+        wrong.append("--index same")
     for name in ("m", "ef_construction", "lists"):
         given = getattr(request, name)
         if given is not None and parameters.get(name) != str(given):

@@ -396,7 +396,25 @@ def test_missed_budget_names_who_is_in_the_way_and_the_next_command(
             give(dsn, "cutover")
         assert f"In the way: session {idle.info.backend_pid} of " in caught.value.why
         assert "nightly report, idle in transaction since " in caught.value.why
+    assert caught.value.why.endswith(f"Nothing changed. The migration is at SERVED; {OLD} answers.")
     assert "revector cutover kb" in caught.value.hint
+
+
+def test_pending_rows_at_the_swap_say_which_model_answers_and_what_comes_next(
+    dsn: str, connection: psycopg.Connection[Any]
+) -> None:
+    knowledge_base(connection, 20)
+    advance(dsn, "SERVED")
+
+    def write(seen: object) -> None:
+        if isinstance(seen, Effect) and seen.step == "cutover.catch_up":
+            connection.execute("UPDATE kb SET content = 'written just now' WHERE id = 3")
+
+    with pytest.raises(Refused) as caught, steering(dsn, observe=write) as migration:
+        migration.cutover(without_follower=True, allow_pending=0)
+    assert str(caught.value) == f"1 rows or more are pending in {NEW}, 0 are allowed"
+    assert caught.value.why == f"Nothing was changed. The migration is at SERVED; {OLD} answers."
+    assert caught.value.hint == "the same command again: revector cutover kb"
 
 
 def test_edit_in_flight_at_served_is_not_missed(dsn: str, connection: psycopg.Connection[Any]) -> None:

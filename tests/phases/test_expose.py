@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -497,6 +499,58 @@ def test_a_reader_that_stays_delays_but_breaks_nothing(dsn: str, connection: psy
         client.execute("COMMIT")
     give(dsn, "finalize")
     assert_no_leftovers(connection)
+
+
+@pytest.mark.parametrize("how", ["drop", "refresh"])
+def test_one_reader_waits_for_no_more_than_the_budget(dsn: str, connection: psycopg.Connection[Any], how: str) -> None:
+    """One view is held for two thirds of the budget, the other one longer: who reads the first waits for one budget."""
+    budget = 450
+    knowledge_base(connection, 5)
+    advance(dsn, "VERIFIED")
+    expose(dsn, without_follower=True)
+    if how == "refresh":
+        connection.execute("ALTER TABLE kb ADD COLUMN tag text")
+    stop, longest = threading.Event(), [0.0]
+
+    def read() -> None:
+        with on(dsn, "public") as client:
+            while not stop.is_set():
+                began = time.monotonic()
+                with suppress(pg.UndefinedTable):
+                    client.execute("SELECT count(*) FROM rv_kb_g1.kb")
+                longest[0] = max(longest[0], time.monotonic() - began)
+                time.sleep(0.005)
+
+    reader = threading.Thread(target=read)
+    told: list[str] = []
+    with psycopg.connect(dsn) as first, psycopg.connect(dsn, application_name="a long report") as second:
+        first.execute("SELECT count(*) FROM rv_kb_g1.kb")
+        second.execute("SELECT count(*) FROM rv_kb_g2.kb")
+        release = threading.Timer(budget / 1500, first.rollback)
+        reader.start()
+        try:
+            with steering(dsn, observe=lambda seen: told.append(str(seen))) as migration:
+                release.start()
+                with pytest.raises(
+                    PauseBudgetMissed, match=f"no attempt of 1 got the lock within {budget} ms"
+                ) as caught:
+                    if how == "drop":
+                        migration.unexpose(limits=PauseLimits(budget, 1))
+                    else:
+                        migration.expose(refresh=True, limits=PauseLimits(budget, 1))
+        finally:
+            release.join()
+            stop.set()
+            reader.join()
+    assert "a long report, idle in transaction since" in caught.value.why
+    assert caught.value.why.endswith(f"The migration is at SERVED; {OLD} answers.")
+    assert caught.value.hint.endswith("revector expose --drop kb" if how == "drop" else "revector expose kb")
+    assert any("attempt 1 of 1" in note and "a long report" in note for note in told)
+    assert longest[0] * 1000 < budget + 120, f"{longest[0] * 1000:.0f} ms"
+    assert schemas(connection) == {"rv_kb_g1", "rv_kb_g2"}
+    with steering(dsn) as migration:
+        migration.unexpose()
+    assert schemas(connection) == set()
 
 
 def test_uninstall_wants_the_views_gone(dsn: str, connection: psycopg.Connection[Any]) -> None:

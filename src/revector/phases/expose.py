@@ -1,14 +1,15 @@
 """One view schema per generation: a version of the application that puts it first in its search_path keeps its model.
 
-Lock: ACCESS SHARE on the table; ACCESS EXCLUSIVE on a view of ours that is replaced or dropped, within the pause
-budget. A view is bound to columns, not names, so it shows its generation through cutover and rollback. Views, grants
-and ledger rows commit together: a crash leaves all of them or none.
+Lock: ACCESS SHARE on the table; ACCESS EXCLUSIVE on a view of ours that is replaced or dropped, all of them and all
+that follows within one pause budget. A view is bound to columns, not names, so it shows its generation through cutover
+and rollback. Views, grants and ledger rows are one message: a crash leaves all of them or none.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -16,10 +17,10 @@ from psycopg import errors as pg
 from psycopg import sql
 
 from revector.catalog import Table
-from revector.db import PauseLimits, Session, block
+from revector.db import PauseLimits, Session, block, in_the_way, left_of
 from revector.errors import PauseBudgetMissed, Refused
 from revector.plan import ExposedView
-from revector.work import Effect, Observer, Outcome, Recorded
+from revector.work import Effect, Note, Observer, Outcome, Recorded
 
 #: Between two attempts at a view that somebody reads, in seconds.
 _GAP: Final = 0.2
@@ -54,9 +55,9 @@ class Views(Protocol):
     """What this phase needs of the ledger; there need be no migration."""
 
     def views(self) -> dict[int, ExposedView]: ...  # noqa: D102
-    def own_view(self, number: int, schema: str, view: str, migration: int | None) -> None: ...  # noqa: D102
-    def disown_view(self, number: int) -> None: ...  # noqa: D102
-    def record(self, step: str, figures: dict[str, object], stage: str | None = None) -> None: ...  # noqa: D102
+    def own_view_sql(self, number: int, schema: str, view: str, migration: int | None) -> sql.Composable: ...  # noqa: D102
+    def disown_view_sql(self, number: int) -> sql.Composable: ...  # noqa: D102
+    def record_sql(self, step: str, figures: dict[str, object]) -> list[sql.Composable]: ...  # noqa: D102
 
 
 def run(
@@ -92,13 +93,13 @@ def run(
         schema = present.schema if present is not None and present.schema else side.schema
         statements = _statements(session, table, side, schema, present, shown, fresh=fresh)
         figures: dict[str, object] = {"schema": schema, "generation": side.number}
-
-        def remember(number: int = side.number, schema: str = schema, figures: dict[str, object] = figures) -> None:
-            ledger.own_view(number, schema, table.name, migration)
-            observe(Effect("expose"))
-            ledger.record("expose", figures)
-
-        _patiently(session, statements, remember, limits)
+        statements += [
+            ledger.own_view_sql(side.number, schema, table.name, migration),
+            *ledger.record_sql("expose", figures),
+        ]
+        views = [sql.Identifier(present.schema, present.view)] if present and present.schema and present.view else []
+        observe(Effect("expose"))
+        _patiently(session, statements, views, table.identifier, limits, observe)
         observe(Recorded("expose", figures))
         made.append(schema)
     told = f"{', '.join(made)} made {'anew' if refresh and known else 'and granted'}" if made else "the views are there"
@@ -224,48 +225,58 @@ def drop(
     """Drop views with their schemas, all at once; what is not ours in a schema stays, and the schema with it."""
     gone: list[str] = []
     statements: list[sql.Composable] = []
+    locked: list[sql.Composable] = []
     for view in views:
         others = session.value(block("phases/expose", "others_in"), schema=view.schema_oid, view=view.view_oid)
         if view.schema is None:
             continue
         if view.view is not None:
-            statements.append(block("phases/expose", "drop_view", view=sql.Identifier(view.schema, view.view)))
+            locked.append(sql.Identifier(view.schema, view.view))
+            statements.append(block("phases/expose", "drop_view", view=locked[-1]))
         if not others:
             statements.append(block("phases/expose", "drop_schema", schema=sql.Identifier(view.schema)))
             gone.append(view.schema)
     figures: dict[str, object] = {"dropped": gone}
-
-    def forget() -> None:
-        for view in views:
-            ledger.disown_view(view.number)
-        observe(Effect(step))
-        ledger.record(step, figures)
-
-    _patiently(session, statements, forget, limits)
+    statements += [*(ledger.disown_view_sql(view.number) for view in views), *ledger.record_sql(step, figures)]
+    observe(Effect(step))
+    _patiently(session, statements, locked, None, limits, observe)
     observe(Recorded(step, figures))
     return gone
 
 
 def _patiently(
-    session: Session, statements: Sequence[sql.Composable], remember: Callable[[], None], limits: PauseLimits
+    session: Session,
+    statements: Sequence[sql.Composable],
+    views: Sequence[sql.Composable],
+    table: sql.Composable | None,
+    limits: PauseLimits,
+    observe: Observer,
 ) -> None:
-    """Statements and their ledger rows in one transaction; who reads the view waits for us no longer than the budget."""
-    for attempt in range(1, limits.attempts + 1):
-        try:
-            with session.transaction():
-                session.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{limits.budget_ms}ms")))
-                session.execute("SET LOCAL idle_in_transaction_session_timeout = '2s'")
-                if statements:
-                    session.message(statements)
-                remember()
-            return
-        except pg.LockNotAvailable:
-            if attempt == limits.attempts:
-                raise PauseBudgetMissed(
-                    f"no attempt of {attempt} got its lock within {limits.budget_ms} ms",
-                    why="An application transaction that reads the view is open. Nothing of this step was changed.",
-                ) from None
-        time.sleep(_GAP)
+    """Effect and ledger rows in one message; whoever reads a view waits for all of it no longer than the budget.
+
+    Each lock has what the ones before it have left: a lock_timeout alone would grant the whole budget to every view,
+    and the reader of the first would wait for the sum. (LOCK TABLE of a view would lock the table as well.)
+    """
+    attempt = [
+        sql.SQL("BEGIN"),
+        sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{limits.budget_ms}ms")),
+        *(part for statement in statements for part in (left_of(limits.budget_ms), statement)),
+        sql.SQL("COMMIT"),
+    ]
+    why = ""
+    for number in range(1, limits.attempts + 1):
+        with suppress(pg.LockNotAvailable, pg.QueryCanceled):
+            try:
+                session.message(attempt)
+                return
+            finally:
+                if not session.connection.closed and session.connection.info.transaction_status != 0:
+                    session.connection.rollback()
+        why = in_the_way(session, views, [] if table is None else [table])
+        observe(Note(f"attempt {number} of {limits.attempts}: a view was busy. {why}"))
+        if number < limits.attempts:
+            time.sleep(_GAP)
+    raise PauseBudgetMissed(f"no attempt of {limits.attempts} got the lock within {limits.budget_ms} ms", why=why)
 
 
 def search_path(session: Session, *schemas: str) -> str:

@@ -17,7 +17,7 @@ from psycopg import sql
 from revector import trigger
 from revector.catalog import read_table
 from revector.db import PENDING, block, raw
-from revector.errors import Busy, GateFailed, Refused
+from revector.errors import Busy, GateFailed, NotReady
 from revector.partitions import below, index_parts
 from revector.plan import Generation, Plan, cut_name, own_name
 from revector.work import Outcome, Work
@@ -136,7 +136,7 @@ def _close(
                 raise
             if attempt == _ATTEMPTS:
                 model = keep.model.model
-                raise Refused(
+                raise NotReady(
                     f"{plan.table}: {_ATTEMPTS} attempts found rows without a vector of {model} each time",
                     why="Somebody writes texts without their vectors as fast as they are filled, or has such a row locked."
                     " With the trigger gone those rows would keep none. Nothing was changed.",
