@@ -28,7 +28,7 @@ import typer
 import typer.core
 
 from revector import __version__, report
-from revector.errors import GateFailed, Interrupted, Refused, Resumable, RevectorError, UsageError
+from revector.errors import GateFailed, Interrupted, PauseBudgetMissed, Refused, Resumable, RevectorError, UsageError
 
 if TYPE_CHECKING:
     from revector.db import PauseLimits
@@ -1572,6 +1572,8 @@ def _main(arguments: Sequence[str]) -> int:
     except Resumable as error:
         if not error.hint or error.hint.startswith("the same command again"):
             error.hint = again
+            if isinstance(error, PauseBudgetMissed) and error.fits_ms:
+                error.hint = f"the same command with a budget that fits: {_with_budget(arguments, error.fits_ms)}"
         return _fail(error)
     except RevectorError as error:
         return _fail(error)
@@ -1585,6 +1587,16 @@ def _main(arguments: Sequence[str]) -> int:
             command = context.command_path if context is not None else "revector"
             return _fail(UsageError(error.format_message(), hint=f"{command} --help"))
         return _defect(error, arguments)
+
+
+def _with_budget(arguments: Sequence[str], budget_ms: int) -> str:
+    """The same command with this `--max-pause-ms` in the place of one that it may have had."""
+    kept = [
+        word
+        for before, word in zip(["", *arguments], arguments, strict=False)
+        if "--max-pause-ms" not in (before, word) and not word.startswith("--max-pause-ms=")
+    ]
+    return shlex.join(["revector", *kept, "--max-pause-ms", str(budget_ms)])
 
 
 def _fail(error: RevectorError) -> int:
