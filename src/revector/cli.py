@@ -692,13 +692,7 @@ def run(
             allow_pending=allow_pending,
             limits=limits,
             when=when,
-            tuning=_given(
-                max_rows_per_second=max_rows_per_second,
-                price=per_million,
-                max_cost=max_cost,
-                requests_per_minute=max_requests_per_minute,
-                tokens_per_minute=max_tokens_per_minute,
-            ),
+            tuning=_tuning(max_rows_per_second, per_million, max_cost, max_requests_per_minute, max_tokens_per_minute),
         )
         _done(migration, terminal, done, began, follow=follow)
 
@@ -941,6 +935,11 @@ def restore(
     accept_triggers: AcceptTriggers = False,
     include_null: IncludeNull = False,
     allow_failed: AllowFailed = 0,
+    max_rows_per_second: MaxRows = None,
+    per_million: PerMillion = None,
+    max_cost: MaxCost = None,
+    max_requests_per_minute: MaxRequests = None,
+    max_tokens_per_minute: MaxTokens = None,
     max_pause_ms: MaxPause = 200,
     attempts: Attempts = 5,
     verbose: Verbose = False,
@@ -963,6 +962,7 @@ def restore(
             consents=Consents(accept_triggers=accept_triggers, include_null=include_null),
             allow_failed=allow_failed,
             limits=_limits(max_pause_ms, attempts),
+            tuning=_tuning(max_rows_per_second, per_million, max_cost, max_requests_per_minute, max_tokens_per_minute),
         )
         _done(migration, terminal, done, began)
 
@@ -1315,6 +1315,23 @@ def _looking(table: str, verbose: bool) -> Iterator[tuple[Migration, Terminal]]:
 def _given(**options: float | None) -> dict[str, float | None]:
     """Limits that the command line names."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _tuning(
+    max_rows_per_second: float | None,
+    per_million: float | None,
+    max_cost: float | None,
+    max_requests_per_minute: int | None,
+    max_tokens_per_minute: int | None,
+) -> dict[str, float | None]:
+    """What a command that opens a migration sets at once of what `tune` can change."""
+    return _given(
+        max_rows_per_second=max_rows_per_second,
+        price=per_million,
+        max_cost=max_cost,
+        requests_per_minute=max_requests_per_minute,
+        tokens_per_minute=max_tokens_per_minute,
+    )
 
 
 def _limit(name: str, given: str) -> float | None:

@@ -515,10 +515,12 @@ class Migration:
         consents: Consents = NO_CONSENTS,
         allow_failed: int = 0,
         limits: PauseLimits = DEFAULT_LIMITS,
+        tuning: Mapping[str, float | None] | None = None,
     ) -> Result:
         """Go back after `finalize`: a migration to the model of a backup table, whose vectors unchanged rows take.
 
-        `vector` chooses among several migrated columns. It ends as `run` does, at VERIFIED; raises what `run` raises.
+        `vector` chooses among several migrated columns; `tuning` is as of `run`. It ends as `run` does, at VERIFIED;
+        raises what `run` raises.
         """
         with translated(self._command("restore")):
             row = self.latest()
@@ -533,7 +535,7 @@ class Migration:
                     why=f"The vectors of {old} are still in the table; a backup is not needed. Nothing was changed.",
                     hint=self._command(row.closing or back or NEXT[row.stage]),
                 )
-        return self.run(request, allow_failed=allow_failed, limits=limits)
+        return self.run(request, allow_failed=allow_failed, limits=limits, tuning=tuning)
 
     def expose(
         self,

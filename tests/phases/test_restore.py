@@ -147,6 +147,30 @@ def test_the_copy_is_as_fast_as_the_operator_allows(dsn: str, connection: psycop
     assert_exact(connection, "kb", "content", BEFORE, at_least=120)
 
 
+def test_the_command_takes_a_limit_of_rows(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """As `run` does: in force from the first write, and kept with the migration."""
+    finalized(dsn, connection)
+    command(dsn, "restore", "kb", "--max-rows-per-second", "60").exits(0)
+    assert one(connection, "SELECT limits FROM revector.migrations ORDER BY id DESC LIMIT 1") == {
+        "max_rows_per_second": 60
+    }
+    seconds = one(
+        connection,
+        "SELECT extract(epoch FROM max(at) - min(at)) FROM revector.events WHERE step IN ('restore.windows', 'restore.copy')",
+    )
+    assert seconds > 1.4
+    assert_exact(connection, "kb", "content", BEFORE, at_least=120)
+
+
+def test_a_local_model_costs_nothing(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A budget of money is refused by name where neither model is asked over a network."""
+    finalized(dsn, connection, 20)
+    refused = command(dsn, "restore", "kb", "--max-tokens-per-minute", "600").exits(2)
+    assert "--max-tokens-per-minute: neither hash:32 nor hash:16 is asked over a network" in refused.err
+    wants = command(dsn, "restore", "kb", "--max-cost", "1").exits(2)
+    assert "--price-per-million-tokens" in wants.err
+
+
 def test_a_backup_of_stale_vectors_says_how_to_go_on(dsn: str, connection: psycopg.Connection[Any]) -> None:
     """What was stale when the backup was made is so in it: verify fails however often it is tried, and says what helps."""
     knowledge_base(connection, 120)
