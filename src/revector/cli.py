@@ -932,6 +932,10 @@ def restore(
     vector: Vector = None,
     batch_size: BatchSize = None,
     backup: Backup = False,
+    refresh: Annotated[
+        bool,
+        typer.Option("--refresh", help="Embed all rows; renew what is not its text's vector. For a stale backup."),
+    ] = False,
     accept_triggers: AcceptTriggers = False,
     include_null: IncludeNull = False,
     allow_failed: AllowFailed = 0,
@@ -959,6 +963,7 @@ def restore(
             vector=vector,
             batch_size=batch_size,
             backup=backup,
+            refresh=refresh,
             consents=Consents(accept_triggers=accept_triggers, include_null=include_null),
             allow_failed=allow_failed,
             limits=_limits(max_pause_ms, attempts),

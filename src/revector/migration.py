@@ -418,11 +418,12 @@ class Migration:
         limits: PauseLimits = DEFAULT_LIMITS,
         when: Moment = AT_ONCE,
         tuning: Mapping[str, float | None] | None = None,
+        refresh: bool = False,
     ) -> Result:
         """Preconditions, backup if asked, expand, backfill, index, verify; resumes where an earlier run stopped.
 
         `to` and `from_` are short for a `Request` of these two; `observe` hears of this table's steps from now on;
-        `tuning` is what `tune` would change, in force from the first write.
+        `tuning` is what `tune` would change, in force from the first write; `refresh` is as of `restore`.
         Raises `Refused` with every blocker, `GateFailed`, or a `Resumable` error; none of them changes what readers see.
         """
         request = _asked(request, to, from_)
@@ -442,7 +443,7 @@ class Migration:
                 self._check_same_dimension(row, bare_writers_stopped, "cutover")
             work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending, limits=limits)
             work.catch_up = lambda numbers: backfill.catch_up(work, numbers, paced=True)
-            outcome = self._phases(row, work)
+            outcome = self._phases(row, work, refresh=refresh)
         if cutover:
             return self.cutover(
                 follow=follow,
@@ -512,6 +513,7 @@ class Migration:
         vector: str | None = None,
         batch_size: int | None = None,
         backup: bool = False,
+        refresh: bool = False,
         consents: Consents = NO_CONSENTS,
         allow_failed: int = 0,
         limits: PauseLimits = DEFAULT_LIMITS,
@@ -519,8 +521,9 @@ class Migration:
     ) -> Result:
         """Go back after `finalize`: a migration to the model of a backup table, whose vectors unchanged rows take.
 
-        `vector` chooses among several migrated columns; `tuning` is as of `run`. It ends as `run` does, at VERIFIED;
-        raises what `run` raises.
+        `vector` chooses among several migrated columns; `refresh` embeds all rows before they are verified, and renews
+        vectors that were stale in the backup; `tuning` is as of `run`. It ends as `run` does, at VERIFIED; raises what
+        `run` raises.
         """
         with translated(self._command("restore")):
             row = self.latest()
@@ -535,7 +538,7 @@ class Migration:
                     why=f"The vectors of {old} are still in the table; a backup is not needed. Nothing was changed.",
                     hint=self._command(row.closing or back or NEXT[row.stage]),
                 )
-        return self.run(request, allow_failed=allow_failed, limits=limits, tuning=tuning)
+        return self.run(request, allow_failed=allow_failed, limits=limits, tuning=tuning, refresh=refresh)
 
     def expose(
         self,
@@ -703,18 +706,20 @@ class Migration:
         self.observe(Recorded("plan", {"fingerprint": row.fingerprint}))
         return row
 
-    def _phases(self, row: MigrationRow, work: Work) -> Outcome:
+    def _phases(self, row: MigrationRow, work: Work, *, refresh: bool) -> Outcome:
         stage, plan = row.stage, row.plan
         outcome = Outcome("already verified")
         if stage.reached(Stage.VERIFIED):
             left = work.catch_up([plan.new.number])
+            if refresh:
+                self._refresh(work, plan.new, paced=True)
             return Outcome("already verified; caught up", {"pending": dict(left)})
         steps: list[tuple[str, Stage, Callable[[], Outcome]]] = [
             ("backup", Stage.EXPANDED, lambda: self._backup(work)),
             ("expand", Stage.EXPANDED, lambda: expand.run(work)),
             ("backfill", Stage.BACKFILLED, lambda: self._backfill(work)),
             ("index", Stage.INDEXED, lambda: index.run(work)),
-            ("verify", Stage.VERIFIED, lambda: self._verify(work)),
+            ("verify", Stage.VERIFIED, lambda: self._verify(work, refresh=refresh)),
         ]
         for number, (name, proven, phase) in enumerate(steps, 2):
             # At INDEXED the index is looked at again: a lost or INVALID one is what a failed verify asks to repair.
@@ -745,11 +750,17 @@ class Migration:
             if not self.control.connection.closed:
                 self.control.unlock("windows", self.oid, shared=True)
 
-    def _verify(self, work: Work) -> Outcome:
+    def _verify(self, work: Work, *, refresh: bool) -> Outcome:
         trigger.check(self.control, work.plan)
         with work.step("verify.catch_up") as told:
             told["left"] = dict(work.catch_up([work.plan.new.number]))
+        if refresh:
+            self._refresh(work, work.plan.new, paced=True)
         return verify.run(work)
+
+    def _refresh(self, work: Work, generation: Generation, *, paced: bool = False) -> None:
+        renewed = backfill.refresh(work, generation, paced=paced)
+        self.observe(Note(f"{renewed:,} stale vectors of {generation.model.model} renewed"))
 
     def _swap(
         self,
@@ -789,9 +800,7 @@ class Migration:
                     self.observe(Note(serve.run(work).summary))
                 both = [row.plan.old.number, row.plan.new.number]
                 if refresh_old and not back:
-                    self.observe(
-                        Note(f"{backfill.refresh(work):,} stale vectors of {row.plan.old.model.model} renewed")
-                    )
+                    self._refresh(work, row.plan.old)
                 if not when.now:
                     self._wait(work, both, when)
                     check()
