@@ -781,13 +781,15 @@ class Migration:
             self._check_same_dimension(row, bare_writers_stopped, command)
             work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending, limits=limits)
 
+            def check_refused() -> None:
+                if not back:
+                    why = "Those rows would vanish from search."
+                    self._check_refused(work, row.plan.new, allow_failed, command, why)
+
             def check() -> None:
                 self._check_dependents(row, command)
                 self._check_published(row, command)
-                if not back:
-                    self._check_refused(
-                        work, row.plan.new, allow_failed, command, "Those rows would vanish from search."
-                    )
+                check_refused()
                 self._check_follower(command, follow=follow, without_follower=without_follower)
 
             check()
@@ -809,12 +811,9 @@ class Migration:
                     told |= {"left": dict(left), "without_follower": without_follower}
                 self._check_outside(work, back=back)
                 # The model may have refused something only now.
+                check_refused()
                 if back:
                     self._tell_refused(work, row.plan.old)
-                else:
-                    self._check_refused(
-                        work, row.plan.new, allow_failed, command, "Those rows would vanish from search."
-                    )
                 if any(left.values()):
                     self.observe(
                         Note(f"{max(left.values())} rows were written since, or are locked; the follower fills them")
@@ -1030,12 +1029,15 @@ class Migration:
             keep = plan.new if command == "finalize" else plan.old
             work = self._work(row, allow_failed=allow_failed, limits=limits)
             guarded = row.closing is None and row.stage in (Stage.SERVED, Stage.CUT_OVER)
+
+            def check_last(*, tell: bool) -> None:
+                self._check_quiet(work, quiet_for, tell=tell)
+                why = "The old vectors would be the last these rows have."
+                self._check_refused(work, keep, allow_failed, command, why)
+
             if guarded and command == "finalize":
                 trigger.check(self.control, plan)
-                self._check_quiet(work, quiet_for)
-                self._check_refused(
-                    work, keep, allow_failed, command, "The old vectors would be the last these rows have."
-                )
+                check_last(tell=True)
             if row.closing is None:
                 self._check_views(row, command)
                 self._check_holding(row, command)
@@ -1045,10 +1047,7 @@ class Migration:
                         told["left"] = dict(work.catch_up([keep.number]))
                     if command == "finalize":
                         # What was filled just now may be the old side's, and the model may have refused something only now.
-                        self._check_quiet(work, quiet_for, tell=False)
-                        self._check_refused(
-                            work, keep, allow_failed, command, "The old vectors would be the last these rows have."
-                        )
+                        check_last(tell=False)
                     self._check_outside(work, back=command == "abort")
                 outcome = finalize.run(
                     work,
@@ -1117,7 +1116,7 @@ class Migration:
             else "set their vectors to NULL, or bring them inside, then give the same command again",
         )
 
-    def _check_quiet(self, work: Work, quiet_for: float, *, tell: bool = True) -> None:
+    def _check_quiet(self, work: Work, quiet_for: float, *, tell: bool) -> None:
         """Say when each side was last written and read; refuse while the old one still is written."""
         plan, writes = work.plan, self.ledger.writes()
         if tell:
