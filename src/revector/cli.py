@@ -28,7 +28,16 @@ import typer
 import typer.core
 
 from revector import __version__, report
-from revector.errors import GateFailed, Interrupted, NotReady, Refused, Resumable, RevectorError, UsageError
+from revector.errors import (
+    GateFailed,
+    Interrupted,
+    NotReady,
+    PauseBudgetMissed,
+    Refused,
+    Resumable,
+    RevectorError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from revector.db import PauseLimits
@@ -693,13 +702,7 @@ def run(
             allow_pending=allow_pending,
             limits=limits,
             when=when,
-            tuning=_given(
-                max_rows_per_second=max_rows_per_second,
-                price=per_million,
-                max_cost=max_cost,
-                requests_per_minute=max_requests_per_minute,
-                tokens_per_minute=max_tokens_per_minute,
-            ),
+            tuning=_tuning(max_rows_per_second, per_million, max_cost, max_requests_per_minute, max_tokens_per_minute),
         )
         _done(migration, terminal, done, began, follow=follow)
 
@@ -947,9 +950,18 @@ def restore(
     vector: Vector = None,
     batch_size: BatchSize = None,
     backup: Backup = False,
+    refresh: Annotated[
+        bool,
+        typer.Option("--refresh", help="Embed all rows; renew what is not its text's vector. For a stale backup."),
+    ] = False,
     accept_triggers: AcceptTriggers = False,
     include_null: IncludeNull = False,
     allow_failed: AllowFailed = 0,
+    max_rows_per_second: MaxRows = None,
+    per_million: PerMillion = None,
+    max_cost: MaxCost = None,
+    max_requests_per_minute: MaxRequests = None,
+    max_tokens_per_minute: MaxTokens = None,
     max_pause_ms: MaxPause = 200,
     attempts: Attempts = 5,
     verbose: Verbose = False,
@@ -969,9 +981,11 @@ def restore(
             vector=vector,
             batch_size=batch_size,
             backup=backup,
+            refresh=refresh,
             consents=Consents(accept_triggers=accept_triggers, include_null=include_null),
             allow_failed=allow_failed,
             limits=_limits(max_pause_ms, attempts),
+            tuning=_tuning(max_rows_per_second, per_million, max_cost, max_requests_per_minute, max_tokens_per_minute),
         )
         _done(migration, terminal, done, began)
 
@@ -1329,6 +1343,23 @@ def _given(**options: float | None) -> dict[str, float | None]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def _tuning(
+    max_rows_per_second: float | None,
+    per_million: float | None,
+    max_cost: float | None,
+    max_requests_per_minute: int | None,
+    max_tokens_per_minute: int | None,
+) -> dict[str, float | None]:
+    """What a command that opens a migration sets at once of what `tune` can change."""
+    return _given(
+        max_rows_per_second=max_rows_per_second,
+        price=per_million,
+        max_cost=max_cost,
+        requests_per_minute=max_requests_per_minute,
+        tokens_per_minute=max_tokens_per_minute,
+    )
+
+
 def _limit(name: str, given: str) -> float | None:
     """A positive number, or None for the word none."""
     if given.strip().lower() == "none":
@@ -1608,6 +1639,8 @@ def _main(arguments: Sequence[str]) -> int:
     except (Resumable, NotReady) as error:
         if not error.hint or error.hint.startswith("the same command again"):
             error.hint = again
+            if isinstance(error, PauseBudgetMissed) and error.fits_ms:
+                error.hint = f"the same command with a budget that fits: {_with_budget(arguments, error.fits_ms)}"
         return _fail(error)
     except RevectorError as error:
         return _fail(error)
@@ -1621,6 +1654,16 @@ def _main(arguments: Sequence[str]) -> int:
             command = context.command_path if context is not None else "revector"
             return _fail(UsageError(error.format_message(), hint=f"{command} --help"))
         return _defect(error, arguments)
+
+
+def _with_budget(arguments: Sequence[str], budget_ms: int) -> str:
+    """The same command with this `--max-pause-ms` in the place of one that it may have had."""
+    kept = [
+        word
+        for before, word in zip(["", *arguments], arguments, strict=False)
+        if "--max-pause-ms" not in (before, word) and not word.startswith("--max-pause-ms=")
+    ]
+    return shlex.join(["revector", *kept, "--max-pause-ms", str(budget_ms)])
 
 
 def _fail(error: RevectorError) -> int:

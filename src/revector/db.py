@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import re
 import time
@@ -11,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from itertools import pairwise
 from typing import Any, Final, Literal, LiteralString, cast
 
 import psycopg
 from psycopg import errors as pg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.generators import execute as results_of
+from psycopg.pq import ExecStatus
 from psycopg.rows import namedtuple_row
 
 from revector.errors import (
@@ -43,6 +45,8 @@ PAUSE_ATTEMPTS: Final = 5
 #: What may be asked for: below the first no server answers, above the second it is no pause any more.
 PAUSE_BUDGETS: Final = (10, 10_000)
 PAUSE_ATTEMPTS_RANGE: Final = (1, 100)
+#: So often the work under the lock may overrun the budget before it counts as too much for it: once may be chance.
+_OVERRUNS: Final = 2
 #: How long SHARE UPDATE EXCLUSIVE is waited for: autovacuum gives way after deadlock_timeout (1 s).
 _SETTLE: Final = "5s"
 #: Looks at a pooler before it counts as one that gives each client a session of its own.
@@ -210,6 +214,22 @@ class Session:
             if not cursor.nextset():
                 return rows
 
+    def outcome(self, statements: Sequence[sql.Composable]) -> tuple[list[str | None], psycopg.Error | None]:
+        """Send one message as `message` does; the first value of each answer, as text, up to the error if there is one.
+
+        A cursor forgets the answers that came before an error.
+        """
+        text = sql.SQL(";\n").join(statements).as_string(self.connection)
+        _LOG.debug("%s", text)
+        self.connection.pgconn.send_query(text.encode())
+        answers: list[str | None] = []
+        for result in self.connection.wait(results_of(self.connection.pgconn)):
+            if result.status == ExecStatus.FATAL_ERROR:
+                return answers, pg.error_from_result(result)
+            value = result.get_value(0, 0) if result.ntuples else None
+            answers.append(None if value is None else value.decode())
+        return answers, None
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """A transaction of this session (a savepoint inside another)."""
@@ -376,7 +396,8 @@ class Database:
         between attempts. Then come `checks`, those of the statements that only look: what the server must load to
         answer them (PL/pgSQL, pgvector, rows of the catalog) is not loaded under the lock. `alone` leaves out the
         partitions of a partitioned table. `views` of the table are locked before it, in the order of those who write
-        through them. Each attempt, SAVEPOINT to COMMIT, is one message.
+        through them. Each attempt, SAVEPOINT to COMMIT, is one message. An attempt that had the lock and overran in its
+        work is not made more than twice.
         Raises `PauseBudgetMissed`.
         """
         whole = sql.SQL("ONLY {}" if alone else "{}").format(table)
@@ -390,19 +411,18 @@ class Database:
                 sql.SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(whole),
             ]
         begin += checks
-        clock = sql.SQL("SELECT clock_timestamp()")
-        attempt: list[sql.Composable] = [
+        clock = sql.SQL("SELECT 1000 * extract(epoch FROM clock_timestamp())")
+        before: list[sql.Composable] = [
             sql.SQL("SAVEPOINT attempt"),
             sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{budget_ms}ms")),
             sql.SQL("SET LOCAL statement_timeout = {}").format(sql.Literal(f"{budget_ms}ms")),
             clock,
             sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.SQL(", ").join([*views, whole])),
             clock,
-            *(part for statement in statements for part in (left_of(budget_ms), statement)),
-            clock,
-            sql.SQL("COMMIT"),
         ]
-        why = ""
+        work = [part for statement in statements for part in (left_of(budget_ms), statement)]
+        attempt = [*before, *work, clock, sql.SQL("COMMIT")]
+        why, overruns = "", 0
         try:
             try:
                 session.message(begin)
@@ -415,23 +435,48 @@ class Database:
                 ) from None
             for number in range(1, attempts + 1):
                 sent = time.monotonic()
-                try:
-                    clocks = [row[0] for row in session.message(attempt) if hasattr(row, "clock_timestamp")]
-                except (pg.LockNotAvailable, pg.QueryCanceled):
-                    stalled = (time.monotonic() - sent) * 1000
-                    session.message([sql.SQL("ROLLBACK TO attempt")])
-                    why = in_the_way(session, [table])
-                    observe(f"attempt {number} of {attempts}: the table was busy for {stalled:.0f} ms. {why}")
-                    if number < attempts:
-                        time.sleep(random.uniform(0.1, 0.35))
-                    continue
+                answers, error = session.outcome(attempt)
                 total = (time.monotonic() - sent) * 1000
-                wait, hold = ((b - a).total_seconds() * 1000 for a, b in pairwise(clocks))
-                return Pause(total, wait, hold, number)
+                done = len(answers) - len(before)
+                wait = float(answers[5] or 0) - float(answers[3] or 0) if done >= 0 else total
+                if error is None:
+                    return Pause(total, wait, float(answers[-2] or 0) - float(answers[5] or 0), number)
+                if not isinstance(error, pg.LockNotAvailable | pg.QueryCanceled):
+                    raise error
+                session.message([sql.SQL("ROLLBACK TO attempt")])
+                # Most of the budget went into the work itself: no quieter moment will make it fit.
+                if total - wait > budget_ms / 2:
+                    overruns += 1
+                    missed = _too_much(wait, total - wait, budget_ms, done // 2 + 1, len(statements))
+                    if overruns == min(_OVERRUNS, attempts):
+                        raise missed
+                    told = f"the lock was had after {wait:.0f} ms, the work under it took longer than the rest"
+                else:
+                    why = in_the_way(session, [table])
+                    told = f"the table was busy for {total:.0f} ms. {why}"
+                observe(f"attempt {number} of {attempts}: {told}")
+                if number < attempts:
+                    time.sleep(random.uniform(0.1, 0.35))
         finally:
             if not session.connection.closed and session.connection.info.transaction_status != 0:
                 session.connection.rollback()
         raise PauseBudgetMissed(f"no attempt of {attempts} got the lock within {budget_ms} ms", why=why)
+
+
+def _too_much(wait_ms: float, worked_ms: float, budget_ms: int, step: int, of: int) -> PauseBudgetMissed:
+    """What is said of an attempt that had the lock and was cut off in statement `step` of its work.
+
+    The budget that is named is what all of them need at that pace, rounded up, with room for a wait and for slower ones.
+    """
+    needed = max(2 * budget_ms, 1.5 * worked_ms * of / step)
+    unit = 10 ** math.floor(math.log10(needed))
+    largest = budget_ms == PAUSE_BUDGETS[1]
+    return PauseBudgetMissed(
+        f"the lock was had after {wait_ms:.0f} ms, but the work under it needs more than the budget of {budget_ms} ms",
+        why=f"In {worked_ms:.0f} ms it came to statement {step} of {of}: more attempts would not help, a larger budget does"
+        f"{', but none is allowed' if largest else ''}. Many partitions or indexes make it long. Nothing changed.",
+        fits_ms=None if largest else min(math.ceil(needed / unit) * unit, PAUSE_BUDGETS[1]),
+    )
 
 
 def in_the_way(session: Session, locked: Sequence[sql.Composable], read: Sequence[sql.Composable] = ()) -> str:
@@ -504,6 +549,8 @@ def translated(command: str = "") -> Iterator[None]:
     try:
         yield
     except Resumable as error:
+        if isinstance(error, PauseBudgetMissed) and error.fits_ms:
+            again = again and f"{again} --max-pause-ms {error.fits_ms}"
         error.hint = error.hint or again
         raise
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@
         ├── Outage                 4  the model's provider does not answer
         ├── ServerLost             4  the database cannot be reached, or was lost
         ├── BudgetSpent            4  the next request would cost more than was allowed
-        └── PauseBudgetMissed      4  no lock within the pause budget
+        └── PauseBudgetMissed      4  no lock, or not all work under it, within the pause budget
 
 The docstring of a class is its default message. Each error says what (`str(error)`), why (`error.why`)
 and the exact next command (`error.hint`); `cli.py` is the one place that prints them.
@@ -142,3 +142,8 @@ class BudgetSpent(Resumable):
 
 class PauseBudgetMissed(Resumable):
     """The lock was not to be had within the pause budget."""
+
+    def __init__(self, what: str | None = None, *, why: str = "", hint: str = "", fits_ms: int | None = None) -> None:
+        super().__init__(what, why=why, hint=hint)
+        #: The lock was had, and the work under it needs a budget like this; None: the lock was not had.
+        self.fits_ms = fits_ms

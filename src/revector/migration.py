@@ -453,11 +453,12 @@ class Migration:
         limits: PauseLimits = DEFAULT_LIMITS,
         when: Moment = AT_ONCE,
         tuning: Mapping[str, float | None] | None = None,
+        refresh: bool = False,
     ) -> Result:
         """Preconditions, backup if asked, expand, backfill, index, verify; resumes where an earlier run stopped.
 
         `to` and `from_` are short for a `Request` of these two; `observe` hears of this table's steps from now on;
-        `tuning` is what `tune` would change, in force from the first write.
+        `tuning` is what `tune` would change, in force from the first write; `refresh` is as of `restore`.
         Raises `Refused` with every blocker, `GateFailed`, or a `Resumable` error; none of them changes what readers see.
         """
         request = _asked(request, to, from_)
@@ -477,7 +478,7 @@ class Migration:
                 self._check_same_dimension(row, bare_writers_stopped, "cutover")
             work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending, limits=limits)
             work.catch_up = lambda numbers: backfill.catch_up(work, numbers, paced=True)
-            outcome = self._phases(row, work, cutover=cutover)
+            outcome = self._phases(row, work, cutover=cutover, refresh=refresh)
         if cutover:
             return self.cutover(
                 follow=follow,
@@ -547,13 +548,17 @@ class Migration:
         vector: str | None = None,
         batch_size: int | None = None,
         backup: bool = False,
+        refresh: bool = False,
         consents: Consents = NO_CONSENTS,
         allow_failed: int = 0,
         limits: PauseLimits = DEFAULT_LIMITS,
+        tuning: Mapping[str, float | None] | None = None,
     ) -> Result:
         """Go back after `finalize`: a migration to the model of a backup table, whose vectors unchanged rows take.
 
-        `vector` chooses among several migrated columns. It ends as `run` does, at VERIFIED; raises what `run` raises.
+        `vector` chooses among several migrated columns; `refresh` embeds all rows before they are verified, and renews
+        vectors that were stale in the backup; `tuning` is as of `run`. It ends as `run` does, at VERIFIED; raises what
+        `run` raises.
         """
         with translated(self._command("restore")):
             row = self.latest()
@@ -568,7 +573,7 @@ class Migration:
                     why=f"The vectors of {old} are still in the table; a backup is not needed. Nothing was changed.",
                     hint=self._command(row.closing or back or NEXT[row.stage]),
                 )
-        return self.run(request, allow_failed=allow_failed, limits=limits)
+        return self.run(request, allow_failed=allow_failed, limits=limits, tuning=tuning, refresh=refresh)
 
     def expose(
         self,
@@ -738,20 +743,22 @@ class Migration:
         self.observe(Recorded("plan", {"fingerprint": row.fingerprint}))
         return row
 
-    def _phases(self, row: MigrationRow, work: Work, *, cutover: bool) -> Outcome:
+    def _phases(self, row: MigrationRow, work: Work, *, cutover: bool, refresh: bool) -> Outcome:
         stage, plan = row.stage, row.plan
         outcome = Outcome("already verified")
         if stage.reached(Stage.VERIFIED):
             if work.allow_failed and not cutover:
                 work.note(f"--allow-failed has no effect now: verified already; {self._command('cutover')} takes it")
             left = work.catch_up([plan.new.number])
+            if refresh:
+                self._refresh(work, plan.new, paced=True)
             return Outcome("already verified; caught up", {"pending": dict(left)})
         steps: list[tuple[str, Stage, Callable[[], Outcome]]] = [
             ("backup", Stage.EXPANDED, lambda: self._backup(work)),
             ("expand", Stage.EXPANDED, lambda: expand.run(work)),
             ("backfill", Stage.BACKFILLED, lambda: self._backfill(work)),
             ("index", Stage.INDEXED, lambda: index.run(work)),
-            ("verify", Stage.VERIFIED, lambda: self._verify(work)),
+            ("verify", Stage.VERIFIED, lambda: self._verify(work, refresh=refresh)),
         ]
         for number, (name, proven, phase) in enumerate(steps, 2):
             # At INDEXED the index is looked at again: a lost or INVALID one is what a failed verify asks to repair.
@@ -782,11 +789,17 @@ class Migration:
             if not self.control.connection.closed:
                 self.control.unlock("windows", self.oid, shared=True)
 
-    def _verify(self, work: Work) -> Outcome:
+    def _verify(self, work: Work, *, refresh: bool) -> Outcome:
         trigger.check(self.control, work.plan)
         with work.step("verify.catch_up") as told:
             told["left"] = dict(work.catch_up([work.plan.new.number]))
+        if refresh:
+            self._refresh(work, work.plan.new, paced=True)
         return verify.run(work)
+
+    def _refresh(self, work: Work, generation: Generation, *, paced: bool = False) -> None:
+        renewed = backfill.refresh(work, generation, paced=paced)
+        self.observe(Note(f"{renewed:,} stale vectors of {generation.model.model} renewed"))
 
     def _swap(
         self,
@@ -807,13 +820,15 @@ class Migration:
             self._check_same_dimension(row, bare_writers_stopped, command)
             work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending, limits=limits)
 
+            def check_refused() -> None:
+                if not back:
+                    why = "Those rows would vanish from search."
+                    self._check_refused(work, row.plan.new, allow_failed, command, why)
+
             def check() -> None:
                 self._check_dependents(row, command)
                 self._check_published(row, command)
-                if not back:
-                    self._check_refused(
-                        work, row.plan.new, allow_failed, command, "Those rows would vanish from search."
-                    )
+                check_refused()
                 self._check_follower(command, follow=follow, without_follower=without_follower)
 
             check()
@@ -826,9 +841,7 @@ class Migration:
                     self.observe(Note(serve.run(work).summary))
                 both = [row.plan.old.number, row.plan.new.number]
                 if refresh_old and not back:
-                    self.observe(
-                        Note(f"{backfill.refresh(work):,} stale vectors of {row.plan.old.model.model} renewed")
-                    )
+                    self._refresh(work, row.plan.old)
                 if not when.now:
                     self._wait(work, both, when)
                     check()
@@ -837,12 +850,9 @@ class Migration:
                     told |= {"left": dict(left), "without_follower": without_follower}
                 self._check_outside(work, back=back)
                 # The model may have refused something only now.
+                check_refused()
                 if back:
                     self._tell_refused(work, row.plan.old)
-                else:
-                    self._check_refused(
-                        work, row.plan.new, allow_failed, command, "Those rows would vanish from search."
-                    )
                 if any(left.values()):
                     self.observe(
                         Note(f"{max(left.values())} rows were written since, or are locked; the follower fills them")
@@ -1093,12 +1103,15 @@ class Migration:
                 given = {"--allow-failed": allow_failed != 0, "--quiet-for": quiet_for != QUIET_FOR}
                 if idle := ", ".join(name for name, said in given.items() if said):
                     self.observe(Note(f"{idle} has no effect now: finalize has begun, and only goes on"))
+
+            def check_last(*, tell: bool) -> None:
+                self._check_quiet(work, quiet_for, tell=tell)
+                why = "The old vectors would be the last these rows have."
+                self._check_refused(work, keep, allow_failed, command, why)
+
             if guarded and command == "finalize":
                 trigger.check(self.control, plan)
-                self._check_quiet(work, quiet_for)
-                self._check_refused(
-                    work, keep, allow_failed, command, "The old vectors would be the last these rows have."
-                )
+                check_last(tell=True)
             if row.closing is None:
                 self._check_views(row, command)
                 self._check_holding(row, command)
@@ -1108,10 +1121,7 @@ class Migration:
                         told["left"] = dict(work.catch_up([keep.number]))
                     if command == "finalize":
                         # What was filled just now may be the old side's, and the model may have refused something only now.
-                        self._check_quiet(work, quiet_for, tell=False)
-                        self._check_refused(
-                            work, keep, allow_failed, command, "The old vectors would be the last these rows have."
-                        )
+                        check_last(tell=False)
                     self._check_outside(work, back=command == "abort")
                 outcome = finalize.run(
                     work,
@@ -1180,7 +1190,7 @@ class Migration:
             else "set their vectors to NULL, or bring them inside, then give the same command again",
         )
 
-    def _check_quiet(self, work: Work, quiet_for: float, *, tell: bool = True) -> None:
+    def _check_quiet(self, work: Work, quiet_for: float, *, tell: bool) -> None:
         """Say when each side was last written and read; refuse while the old one still is written."""
         plan, writes = work.plan, self.ledger.writes()
         if tell:

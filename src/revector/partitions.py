@@ -158,3 +158,10 @@ def index_parts(session: Session, index: int) -> dict[int, IndexPart]:
     """Relation -> the part of an index that is on it, the whole's own relation included."""
     found = session.rows(block("partitions", "index_parts"), index=index)
     return {row.relation: IndexPart(**row._asdict()) for row in found}
+
+
+def built_otherwise(session: Session, index: int) -> tuple[tuple[str, str], ...]:
+    """(partition, options) where an attached part of an index was built with other options than the index has."""
+    return tuple(
+        (row.partition, row.options) for row in session.rows(block("partitions", "index_options"), index=index)
+    )

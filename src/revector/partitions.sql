@@ -103,6 +103,19 @@ SELECT x.indrelid AS relation, c.oid, n.nspname AS schema, c.relname AS name, x.
   FROM tree t JOIN pg_class c ON c.oid = t.oid JOIN pg_namespace n ON n.oid = c.relnamespace
   JOIN pg_index x ON x.indexrelid = t.oid;
 
+-- name: index_options
+-- Partitions whose part of an index was built with other options than the index itself.
+-- lock: none
+WITH RECURSIVE tree AS (
+  SELECT %(index)s::oid AS oid
+  UNION ALL SELECT i.inhrelid FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid), options AS (
+  SELECT c.oid, ARRAY(SELECT o FROM unnest(c.reloptions) AS o ORDER BY o) AS options FROM tree t JOIN pg_class c ON c.oid = t.oid)
+SELECT p.relname AS partition, coalesce(nullif(array_to_string(o.options, ', '), ''), 'default parameters') AS options
+  FROM options o JOIN options root ON root.oid = %(index)s::oid JOIN pg_index x ON x.indexrelid = o.oid
+  JOIN pg_class p ON p.oid = x.indrelid
+ WHERE o.options <> root.options AND p.relkind = 'r'
+ ORDER BY 1;
+
 -- name: strict
 -- Partitions whose NOT NULL on the column is their own, or has another name than the table's (PostgreSQL 18).
 -- lock: none

@@ -437,6 +437,8 @@ class Facts:
     index_sides: tuple[tuple[str, int, int], ...] = ()
     #: (OID, constraint) of the partitions whose NOT NULL has a name of its own.
     strict_parts: tuple[tuple[int, str], ...] = ()
+    #: (index, partition, options) where a partition's part of a vector index was built with other options than it.
+    built_otherwise: tuple[tuple[str, str, str], ...] = ()
     #: The view schema of the present vectors, where they are exposed already.
     old_views: str | None = None
     #: Publications that send the vector column to subscribers, by a column list.
@@ -670,6 +672,18 @@ def _findings(request: Request, facts: Facts, plan: Plan) -> list[Finding]:
                 False,
                 "A copy without a key cannot be put back.",
                 "name unique columns with --key, or leave out --backup",
+            )
+        )
+    if facts.built_otherwise:
+        told = [f"{index} on {partition} ({options})" for index, partition, options in facts.built_otherwise[:3]]
+        more = f", and {rest} more" if (rest := len(facts.built_otherwise) - len(told)) > 0 else ""
+        found.append(
+            Finding(
+                "partition indexes",
+                f"built with options of their own: {', '.join(told)}{more}",
+                None,
+                "The new index has the table's options on every partition.",
+                "choose them with --m and --ef-construction, or --lists, or build these partitions' indexes again after finalize",
             )
         )
     if facts.star_statements:

@@ -31,7 +31,7 @@ from revector.db import Session, block, raw, with_clause
 from revector.embed import Embedder, Identity, known_models
 from revector.errors import ModelUnavailable, Refused, UsageError
 from revector.ledger import Ledger, MigrationRow, exists, require
-from revector.partitions import strict
+from revector.partitions import built_otherwise, strict
 from revector.plan import (
     DEFAULT_BATCH,
     VERIFY_THRESHOLD,
@@ -153,6 +153,7 @@ def survey(
         index_sides=_index_sides(session, table, column, where),
         downloads=downloads,
         strict_parts=strict(session, table.oid, column.name) if table.partitions and column.not_null else (),
+        built_otherwise=_built_otherwise(session, table, column),
         old_views=exposed.made_as if exposed else None,
         published=publishing(session, table, column),
     )
@@ -160,6 +161,17 @@ def survey(
     # An index that cannot be built is a blocker of the plan, not an error of timing it.
     buildable = not any(finding.title == "index" for finding in preliminary.blockers)
     return _with(facts, session, preliminary.plan, set(ours), buildable=buildable)
+
+
+def _built_otherwise(session: Session, table: Table, column: Column) -> tuple[tuple[str, str, str], ...]:
+    if not table.partitions:
+        return ()
+    return tuple(
+        (index.name, partition, options)
+        for index in table.indexes
+        if index.covers_only(column)
+        for partition, options in built_otherwise(session, index.oid)
+    )
 
 
 def identify(

@@ -268,6 +268,23 @@ def test_what_one_partition_has_alone_is_refused(dsn: str, connection: psycopg.C
     assert "constraint long on table public.docs_p1 of partition docs_p1" in refusal(dsn)
 
 
+def test_index_numbers_of_one_partition_are_told(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """An attached index may have been built with other numbers than the table's; the new one has the table's everywhere."""
+    partitioned(connection, "two levels", ROWS, index=False)
+    connection.execute(
+        "CREATE INDEX ON docs_p1 USING hnsw (embedding vector_cosine_ops) WITH (m = 8, ef_construction = 32)"
+    )
+    connection.execute("CREATE INDEX ON docs_p2_a USING hnsw (embedding vector_cosine_ops)")
+    with steering(dsn, "docs") as migration:
+        connection.execute(
+            "CREATE INDEX docs_embedding_idx ON docs USING hnsw (embedding vector_cosine_ops)"
+            " WITH (ef_construction = 32, m = 8)"
+        )
+        told = [f for f in migration.preview(REQUEST).draft.findings if f.title == "partition indexes"]
+    assert len(told) == 1 and told[0].ok is None
+    assert told[0].finding == "built with options of their own: docs_embedding_idx on docs_p2_a (default parameters)"
+
+
 def test_a_trigger_of_one_partition_that_sorts_last_is_refused(dsn: str, connection: psycopg.Connection[Any]) -> None:
     partitioned(connection, "list", ROWS)
     connection.execute(

@@ -31,7 +31,7 @@ from fix_tables import (
 )
 from revector import Embedder, Migration, Request
 from revector.embed.hashing import Hashing
-from revector.errors import GateFailed, Interrupted, ModelUnavailable, Refused
+from revector.errors import Interrupted, ModelUnavailable, Refused
 from revector.work import Effect, Note, Observation, Progress, Recorded
 
 WITH_BACKUP = Request(from_=OLD, to=NEW, backup=True)
@@ -149,25 +149,67 @@ def test_the_copy_is_as_fast_as_the_operator_allows(dsn: str, connection: psycop
     assert_exact(connection, "kb", "content", BEFORE, at_least=120)
 
 
+def test_the_command_takes_a_limit_of_rows(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """As `run` does: in force from the first write, and kept with the migration."""
+    finalized(dsn, connection)
+    command(dsn, "restore", "kb", "--max-rows-per-second", "60").exits(0)
+    assert one(connection, "SELECT limits FROM revector.migrations ORDER BY id DESC LIMIT 1") == {
+        "max_rows_per_second": 60
+    }
+    seconds = one(
+        connection,
+        "SELECT extract(epoch FROM max(at) - min(at)) FROM revector.events WHERE step IN ('restore.windows', 'restore.copy')",
+    )
+    assert seconds > 1.4
+    assert_exact(connection, "kb", "content", BEFORE, at_least=120)
+
+
+def test_a_local_model_costs_nothing(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A budget of money is refused by name where neither model is asked over a network."""
+    finalized(dsn, connection, 20)
+    refused = command(dsn, "restore", "kb", "--max-tokens-per-minute", "600").exits(2)
+    assert "--max-tokens-per-minute: neither hash:32 nor hash:16 is asked over a network" in refused.err
+    wants = command(dsn, "restore", "kb", "--max-cost", "1").exits(2)
+    assert "--price-per-million-tokens" in wants.err
+
+
 def test_a_backup_of_stale_vectors_says_how_to_go_on(dsn: str, connection: psycopg.Connection[Any]) -> None:
-    """What was stale when the backup was made is so in it: verify fails however often it is tried, and says what helps."""
-    knowledge_base(connection, 120)
+    """What was stale when the backup was made is so in it: verify fails, and the command it names renews those rows."""
+    knowledge_base(connection, 120, index="ivfflat")
     connection.execute("UPDATE kb SET content = content || ' (edited, its vector not renewed)' WHERE id % 10 = 0")
     advance(dsn, "VERIFIED", WITH_BACKUP)
     with steering(dsn) as migration:
         migration.cutover(without_follower=True, refresh_old=True)
         migration.finalize()
-        with pytest.raises(GateFailed, match="reproduced") as caught:
-            migration.restore()
-        assert "stale" in caught.value.why
-        assert caught.value.hint.splitlines() == [
-            "revector abort kb",
-            f"then embed all rows with it: revector run kb --to {OLD}",
-        ]
-        migration.abort()
-        migration.run(Request(to=OLD))
-        migration.cutover(without_follower=True)
+    failed = command(dsn, "restore", "kb").exits(1)
+    assert "kb_backup_16 has vectors that were stale when it was made" in failed.err
+    words = failed.last.partition("renew those: revector ")[2].splitlines()[0].split()
+    assert words == ["restore", "kb", "--refresh"]
+    done = command(dsn, *words, "--max-rows-per-second", "500").exits(0)
+    assert f"12 stale vectors of {OLD} renewed" in done.err and done.out.startswith("kb is VERIFIED")
+    assert_exact(connection, "kb", "content", BEFORE, at_least=120)
+    command(dsn, "cutover", "kb", "--without-follower").exits(0)
+    command(dsn, "finalize", "kb").exits(0)
     assert_exact(connection, "kb", "content", {"embedding": OLD}, at_least=120)
+    assert "ivfflat" in one(connection, "SELECT indexdef FROM pg_indexes WHERE indexname = 'kb_embedding_idx'")
+    assert_no_leftovers(connection)
+
+
+def test_refresh_from_the_start(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Asked for at once, also where the sample of verify would have met none; and again at VERIFIED, where nothing is stale."""
+    finalized(dsn, connection, 120)
+    connection.execute(
+        "UPDATE kb_backup_16 AS b SET embedding = (SELECT embedding FROM kb_backup_16 WHERE id = 4) WHERE b.id = 3"
+    )
+    told: list[str] = []
+    with steering(dsn, observe=lambda s: told.append(s.text) if isinstance(s, Note) else None) as migration:
+        migration.restore(refresh=True)
+        assert_exact(connection, "kb", "content", BEFORE, at_least=120)
+        migration.restore(refresh=True)
+    assert [text for text in told if "stale" in text] == [
+        f"1 stale vectors of {OLD} renewed",
+        f"0 stale vectors of {OLD} renewed",
+    ]
 
 
 @pytest.mark.parametrize("key", ["composite", "text", "uuid"])

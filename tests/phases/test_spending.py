@@ -16,7 +16,19 @@ import stamina
 
 from fix_commands import command
 from fix_provider import KEY, Answer, Stand, error, good, standing
-from fix_tables import advance, assert_exact, fill, following, knowledge_base, one, settings, stage_of, steering, until
+from fix_tables import (
+    advance,
+    assert_exact,
+    fill,
+    following,
+    knowledge_base,
+    one,
+    settings,
+    stage_of,
+    steering,
+    until,
+    vector,
+)
 from revector import Request
 from revector.db import Database, Session
 from revector.embed.spec import PROBES
@@ -224,6 +236,36 @@ def test_a_run_stops_before_it_passes_its_budget_and_goes_on(
     assert_exact(connection, "kb", "content", {"embedding": "hash:16", "embedding_g2": "hash:32"}, at_least=60)
     again = spent(connection)[0] - charged
     assert again < charged * 4, "rows that were paid for were embedded again"
+
+
+def test_restore_has_a_budget_too(dsn: str, connection: psycopg.Connection[Any], stand: Stand) -> None:
+    """Rows that changed since the backup are asked of the old model: the limits of `run` hold for them, by `restore` itself."""
+    old = "openai:old-16"
+    knowledge_base(connection, 60)
+    advance(dsn, "CUT_OVER", Request(from_=old, to="hash:32", backup=True))
+    with steering(dsn) as migration:
+        migration.finalize()
+    for number, text in connection.execute("SELECT id, 'changed: ' || content FROM kb WHERE id > 5").fetchall():
+        connection.execute(
+            "UPDATE kb SET content = %s, embedding = %s WHERE id = %s", (text, vector("hash:32", text), number)
+        )
+    restore = ("restore", "kb", "--batch-size", "5")
+    command(dsn, *restore, "--max-cost", "1").exits(2)
+    limits = ("--max-requests-per-minute", "6000", "--max-tokens-per-minute", "1000000")
+    money = ("--price-per-million-tokens", "10000", "--max-cost", "5")
+    stopped = command(dsn, *restore, *money, *limits).exits(4)
+    assert stopped.last.startswith(f"stopped: {old}: the next request would cost ")
+    assert "next: allow more: revector tune kb --max-cost " in stopped.last
+    assert spent(connection)[0] * 10000 / 1e6 <= 5
+    command(dsn, *restore, "--max-cost", "100").exits(0)
+    assert one(connection, "SELECT limits FROM revector.migrations ORDER BY id DESC LIMIT 1") == {
+        "price": 10000,
+        "max_cost": 100,
+        "requests_per_minute": 6000,
+        "tokens_per_minute": 1000000,
+    }
+    assert stage_of(connection) == ("VERIFIED", None)
+    assert_exact(connection, "kb", "content", {"embedding_g3": "hash:16"}, at_least=60)
 
 
 def dense(request: dict[str, Any]) -> Answer:

@@ -13,25 +13,29 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from fix_commands import command, ended, started, until
 from fix_tables import (
     NEW,
     OLD,
+    Halt,
     advance,
     assert_exact,
     following,
+    halting,
     knowledge_base,
     one,
     shape,
     stage_of,
     steering,
+    vector,
 )
 from revector.db import PauseLimits
 from revector.embedded import embedded_server
 from revector.errors import Interrupted, PauseBudgetMissed, Refused
 from revector.moment import Moment
-from revector.work import Note, Observation
+from revector.work import Note, Observation, Recorded
 
 BEFORE = {"embedding": OLD, "embedding_g2": NEW}
 AFTER = {"embedding_g1": OLD, "embedding": NEW}
@@ -123,6 +127,45 @@ def test_every_short_lock_takes_the_limits(dsn: str, connection: psycopg.Connect
     missed("rollback", without_follower=True)
     missed("finalize")
     assert stage_of(connection) == ("CUT_OVER", None)
+
+
+def test_work_that_does_not_fit_is_no_busy_table(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """The lock was had; what needs more than the budget is said with a budget that fits, after two attempts of the many."""
+    knowledge_base(connection, 5)
+    told: list[str] = []
+    with steering(dsn) as migration:
+        name, slow = sql.Identifier("public", "kb"), [sql.SQL("SELECT pg_sleep(0.1)")] * 5
+
+        def pause(**options: Any) -> Any:
+            return migration.database.pause(migration.control, name, slow, observe=told.append, **options)
+
+        with pytest.raises(PauseBudgetMissed, match=r"the lock was had after \d+ ms, but the work under it") as caught:
+            pause(budget_ms=150, attempts=20)
+        assert len(told) == 1 and told[0].startswith("attempt 1 of 20: the lock was had after ")
+        assert "statement 2 of 5" in caught.value.why and "held the table" not in caught.value.why
+        assert caught.value.fits_ms in (600, 700)
+        assert pause(budget_ms=caught.value.fits_ms).attempt == 1
+        with pytest.raises(PauseBudgetMissed, match="the lock was had"):
+            pause(budget_ms=150, attempts=1)
+
+
+def test_many_partitions_say_the_budget_that_they_need(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """The message names the command with a budget that works, in the place of the one that was given."""
+    connection.execute("CREATE TABLE kb (id int, content text, embedding vector(16)) PARTITION BY LIST (id)")
+    for number in range(200):
+        connection.execute(f"CREATE TABLE kb_{number} PARTITION OF kb FOR VALUES IN ({number})")
+    for number in range(30):
+        text = f"row {number}"
+        connection.execute("INSERT INTO kb VALUES (%s, %s, %s)", (number, text, vector(OLD, text)))
+    given = ("run", "kb", "--from", OLD, "--to", NEW)
+    missed = command(dsn, *given, "--max-pause-ms=10").exits(4)
+    assert "but the work under it needs more than the budget of 10 ms" in missed.err
+    words = missed.last.rpartition("a budget that fits: revector ")[2].split()
+    assert tuple(words[:-1]) == (*given, "--max-pause-ms") and 20 <= int(words[-1]) <= 10_000
+    assert stage_of(connection) == ("PLANNED", None)
+    with pytest.raises(Halt), steering(dsn, observe=halting("expand", Recorded)) as migration:
+        migration.run(from_=OLD, to=NEW, limits=PauseLimits(int(words[-1])))
+    assert stage_of(connection) == ("EXPANDED", None)
 
 
 def test_vacuum_that_does_not_end_is_named(dsn: str, connection: psycopg.Connection[Any]) -> None:

@@ -1086,14 +1086,20 @@ class _Copier:
 @contextmanager
 def _copier(work: Work, *, paced: bool) -> Iterator[_Copier]:
     """A copier and its session; a paced one asks the throttle before each write."""
-    with writer(work) as session:
-        if not paced:
-            yield _Copier(work, session, paced=False)
-            return
-        looking = watch(work)
-        looking.pids.add(session.pid)
-        with looking.watching():
-            yield _Copier(work, session, paced=True)
+    with writer(work) as session, _watched(work, session, wanted=paced):
+        yield _Copier(work, session, paced=paced)
+
+
+@contextmanager
+def _watched(work: Work, session: Session, *, wanted: bool) -> Iterator[None]:
+    """Look, for the throttle, at standbys and at who waits for this session."""
+    if not wanted:
+        yield
+        return
+    looking = watch(work)
+    looking.pids.add(session.pid)
+    with looking.watching():
+        yield
 
 
 def copy_outside(work: Work, *, paced: bool = True) -> int:
@@ -1196,18 +1202,18 @@ def catch_up(work: Work, numbers: Sequence[int], *, paced: bool = False, spared:
         return left
 
 
-def refresh(work: Work) -> int:
-    """Renew every vector of the old model that is not that of its row's text; returns how many were.
+def refresh(work: Work, generation: Generation, *, paced: bool = False) -> int:
+    """Renew every vector of a generation that is not the model's of its row's text; returns how many were.
 
-    Only from SERVED on, when the trigger lets no new one arise. The right vector is written in the stale one's place,
-    so a row is never without. A row that is updated meanwhile goes to another place, which may have been read already,
-    and a row that is locked cannot be written: both are looked at again, until one look finds them all where they were
-    and right. Raises `Refused` when that takes too long.
+    Only of a managed one, for the trigger lets no new one arise there. The throttle is asked where `paced`. The right
+    vector is written in the stale one's place, so a row is never without. A row that is updated meanwhile goes to
+    another place, which may have been read already, and a row that is locked cannot be written: both are looked at
+    again, until one look finds them all where they were and right. Raises `Refused` when that takes too long.
     """
     renewed, leaves = 0, work.leaves()
     windows = [(leaf, lo) for leaf in leaves for lo in range(0, _blocks(work.control, leaf), _WINDOW_BLOCKS[0])]
-    with writer(work) as session:
-        refresher = _Refresher(work, session)
+    with writer(work) as session, _watched(work, session, wanted=paced):
+        refresher = _Refresher(work, session, generation, paced=paced)
         since = _now(work)
         for done, (leaf, lo) in enumerate(windows, 1):
             renewed += refresher.look(leaf, "read_vectors", lo=f"({lo},0)", hi=f"({lo + _WINDOW_BLOCKS[0]},0)")
@@ -1218,7 +1224,7 @@ def refresh(work: Work) -> int:
             began, asked, read = _now(work), 0, refresher.read
             for leaf in work.leaves():
                 try:
-                    tids = list(_moved(work, leaf, since) | locked.get(leaf.oid, set()))
+                    tids = list(_moved(work, generation, leaf, since) | locked.get(leaf.oid, set()))
                 except Detached:
                     continue
                 asked += len(tids)
@@ -1232,7 +1238,8 @@ def refresh(work: Work) -> int:
                     f"{work.plan.table}: {_stale_and_locked(rows)}"
                     if rows
                     else f"{work.plan.table}: rows change faster than their vectors can be compared",
-                    why="After a rollback, search would find them by texts that they no longer have. Nothing was switched.",
+                    why=f"Where {generation.model.model} answers, search would find them by texts that they no longer have."
+                    " Nothing was switched.",
                     hint="when those transactions have ended, give the same command again",
                 )
             since = began
@@ -1241,11 +1248,11 @@ def refresh(work: Work) -> int:
 
 
 class _Refresher:
-    """Compares rows with the old model's vectors of their texts, and writes those that differ."""
+    """Compares rows with one model's vectors of their texts, and writes those that differ."""
 
-    def __init__(self, work: Work, session: Session) -> None:
-        self.work, self.session = work, session
-        self._embedder = work.models[work.plan.old.number]()
+    def __init__(self, work: Work, session: Session, generation: Generation, *, paced: bool) -> None:
+        self.work, self.session, self.generation, self.paced = work, session, generation, paced
+        self._embedder = work.models[generation.number]()
         #: Rows read so far.
         self.read = 0
         #: Stale rows found since this was last set to 0.
@@ -1255,17 +1262,19 @@ class _Refresher:
 
     def look(self, leaf: Leaf, statement: str, **where: object) -> int:
         """Read some rows of a leaf and renew what is stale; returns the rows written."""
-        work, plan = self.work, self.work.plan
+        work, plan, generation = self.work, self.work.plan, self.generation
+        if self.paced:
+            work.throttle.hold(work.stop, partial(_tell_held, work))
         work.check_stop()
         try:
-            found = _rows_of(work, work.control, leaf, statement, _parts(work, plan.old), **where)
+            found = _rows_of(work, work.control, leaf, statement, _parts(work, generation), **where)
         except Detached:
             return 0
         self.read += len(found)
         if not found:
             return 0
         rows = Rows.of(found)
-        fresh, _ = encode(work, plan.old, self._embedder, rows.texts)
+        fresh, _ = encode(work, generation, self._embedder, rows.texts)
         stored = np.array([row.vector for row in found], dtype=np.float32)
         norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(fresh, axis=1)
         cosines = (stored * fresh).sum(axis=1) / np.where(norms > 0, norms, 1)
@@ -1273,13 +1282,16 @@ class _Refresher:
         if not len(stale):
             return 0
         self.stale += len(stale)
-        stage_rows(self.session, plan, rows, stale, old=fresh)
+        new = generation.number == plan.new.number
+        stage_rows(self.session, plan, rows, stale, **{"new" if new else "old": fresh})
+        parts = {"staged": sql.Identifier("b" if new else "a"), "text": raw(plan.text_sql)}
         try:
             with entered(work, self.session, leaf) as at:
-                parts = {"table": at.table, "column": at.columns[plan.old.number], "text": raw(plan.text_sql)}
-                written = at.write(block("phases/backfill", "renew", **parts))
+                column = at.columns[generation.number]
+                written = at.write(block("phases/backfill", "renew", table=at.table, column=column, **parts))
         except Detached:
             return 0
+        work.throttle.wrote(written)
         if written < len(stale):
             self.locked.setdefault(leaf.oid, set()).update(found[n].tid for n in stale.tolist())
         return written
@@ -1289,8 +1301,8 @@ def _now(work: Work) -> str:
     return str(work.control.value(block("phases/backfill", "now")))
 
 
-def _moved(work: Work, leaf: Leaf, since: str) -> set[str]:
-    return {row.tid for row in _rows_of(work, work.control, leaf, "moved", _parts(work, work.plan.old), since=since)}
+def _moved(work: Work, generation: Generation, leaf: Leaf, since: str) -> set[str]:
+    return {row.tid for row in _rows_of(work, work.control, leaf, "moved", _parts(work, generation), since=since)}
 
 
 def _stale_and_locked(rows: int) -> str:

@@ -175,10 +175,10 @@ SELECT t.ctid::text AS tid FROM ONLY {table} AS t
 -- Put the right vector in the place of a stale one; a fresh vector is right on whatever row has that text.
 -- lock: ROW EXCLUSIVE
 WITH locked AS MATERIALIZED (
-  SELECT t.ctid AS tid, s.a FROM pg_temp.staged s JOIN ONLY {table} AS t ON t.ctid = s.tid
+  SELECT t.ctid AS tid, s.{staged} AS vector FROM pg_temp.staged s JOIN ONLY {table} AS t ON t.ctid = s.tid
    WHERE hashtextextended(({text})::text COLLATE "C", 0) = s.hash
      FOR NO KEY UPDATE OF t SKIP LOCKED)
-UPDATE ONLY {table} AS t SET {column} = l.a FROM locked l WHERE t.ctid = l.tid;
+UPDATE ONLY {table} AS t SET {column} = l.vector FROM locked l WHERE t.ctid = l.tid;
 
 -- name: stage_outside
 -- Stage a window's rows outside the filter whose one vector the candidate does not have yet.

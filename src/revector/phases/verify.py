@@ -58,8 +58,9 @@ def run(work: Work) -> Outcome:
         work.ledger.record("verify", {"failed": [c.name for c in failed], **figures})
         why, hint = f"Nothing changed; {work.plan.old.model.model} still answers.", f"revector run {work.plan.argument}"
         if work.plan.source is not None and any(c.name == "reproduced" for c in failed):
-            why = f"{work.plan.source.name} has vectors that were stale when it was made; the same command fails again. {why}"
-            hint = f"revector abort {work.plan.argument}\nthen embed all rows with it: {hint} --to {work.plan.new.model.model}"
+            source, table = work.plan.source.name, work.plan.argument
+            why = f"{source} has vectors that were stale when it was made; the same command alone fails again. {why}"
+            hint = f"embed all rows, and renew those: revector restore {table} --refresh\nor give it up: revector abort {table}"
         raise GateFailed("verify: " + "; ".join(f"{c.name}: {c.figure}" for c in failed), why=why, hint=hint)
     for check in checks:
         work.note(f"{check.name}: {check.figure}")
