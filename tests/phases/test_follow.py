@@ -394,3 +394,24 @@ def test_a_pause_before_the_swap_does_not_outlive_it(dsn: str, connection: psyco
         connection.execute("UPDATE kb SET content = 'edited after the cutover' WHERE id = 2")
         until(lambda: fresh(connection, 1) and fresh(connection, 2), 4)
     assert_exact(connection, "kb", "content", ALL, at_least=20)
+
+
+def test_a_bulk_edit_is_walked_through_once(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """What it costs to find a pending row does not grow with how many others are pending."""
+    rows = 4000
+    knowledge_base(connection, 20, index=None)
+    advance(dsn, "CUT_OVER")
+    connection.execute("SET revector.writer = 'on'")
+    connection.execute(
+        "INSERT INTO kb (id, content) SELECT n, 'text ' || n FROM generate_series(100, 99 + %s) AS n", (rows,)
+    )
+    connection.execute("VACUUM ANALYZE kb")
+    assert fill(dsn, connection) == rows
+    assert_exact(connection, "kb", "content", ALL, at_least=rows)
+    read = (
+        "SELECT max(s.idx_tup_read) FROM pg_stat_user_indexes s JOIN pg_index i USING (indexrelid)"
+        " WHERE s.relname = 'kb' AND i.indpred IS NOT NULL"
+    )
+    until(lambda: one(connection, read) >= rows)
+    # The walk reads each once, and so do the count after it and the next walk, until the server knows them dead.
+    assert one(connection, read) <= 4 * rows
