@@ -85,6 +85,8 @@ class Follower:
         self._told = (float("-inf"), "", "")
         self._wait = _WAITS[0]
         self._ended = threading.Event()
+        #: What the heartbeat tells has changed.
+        self._changed = threading.Event()
         #: The plan's fingerprint, and its models: loaded and proven once, however often the server is lost.
         self._models: tuple[str, Mapping[int, Callable[[], Embedder]]] = ("", {})
         self._purse: Purse | None = None
@@ -112,6 +114,7 @@ class Follower:
                     self._lost(error)
         finally:
             self._ended.set()
+            self._changed.set()
             beats.join()
             self.close()
         return self.filled
@@ -238,7 +241,7 @@ class Follower:
                     self._turned = time.monotonic()
                     self._rest(POLL)
             finally:
-                self.active = False
+                self._stand(active=False)
                 if filler is not None:
                     filler.close()
         return False
@@ -248,7 +251,7 @@ class Follower:
         loaded = False
         while not control.try_lock("follower", self.table):
             self._turned = time.monotonic()
-            self.trouble = ""
+            self._stand(active=False, trouble="")
             self._tell("standing by", "another follower is active")
             if not loaded and (found := self._work(control)) is not None:
                 loaded = True
@@ -276,18 +279,24 @@ class Follower:
 
     def _seen(self, filler: Filler) -> None:
         """Note how it stands after a look. Raises when nothing can be filled, and no waiting will mend that."""
-        self.active, self._wait, self.oldest = True, _WAITS[0], filler.oldest()
+        self._wait, self.oldest = _WAITS[0], filler.oldest()
         errors = [trouble.error for trouble in filler.troubles.values()]
         barred = [filler.troubles[number].error for number in filler.numbers if number in filler.troubles]
         if len(barred) == len(filler.numbers) and not any(isinstance(error, Resumable) for error in barred):
             raise barred[0]
-        self.trouble = "; ".join(f"{error}. {error.why}".rstrip(". ") for error in errors)
+        self._stand(active=True, trouble="; ".join(f"{error}. {error.why}".rstrip(". ") for error in errors))
+
+    def _stand(self, *, active: bool, trouble: str | None = None) -> None:
+        """How it stands now; the heartbeat tells a change at once, for others wait for it. Trouble None: as before."""
+        before = self.active, self.trouble
+        self.active, self.trouble = active, self.trouble if trouble is None else trouble
+        if (self.active, self.trouble) != before:
+            self._changed.set()
 
     def _lost(self, error: Exception) -> None:
         """The database is away, or something that will pass: wait, twice as long each time."""
-        self.active = False
         lost = not isinstance(error, Resumable) or isinstance(error, ServerLost)
-        self.trouble = f"the database was lost ({type(error).__name__})" if lost else str(error)
+        self._stand(active=False, trouble=f"the database was lost ({type(error).__name__})" if lost else str(error))
         self.observe(Note(f"{self.trouble}; trying again in {self._wait:.1f} s"))
         self._rest(self._wait)
         self._wait = min(2 * self._wait, _WAITS[1])
@@ -320,7 +329,7 @@ class Follower:
         """Heartbeats through a session of their own, for one long batch must not look like death."""
         session: Session | None = None
         try:
-            while not self._ended.wait(0 if session is None else BEAT):
+            while not self._ended.is_set():
                 try:
                     if session is None:
                         session = self.database.connect("heartbeat")
@@ -333,6 +342,9 @@ class Follower:
                         oldest=self.oldest,
                         trouble="a step takes longer than two minutes" if stuck and self.active else self.trouble,
                     )
+                    self._changed.wait(BEAT)
+                    # Before the state is read again, so that no change is missed.
+                    self._changed.clear()
                 except (RevectorError, psycopg.Error):
                     if session is not None:
                         session.close()

@@ -415,3 +415,26 @@ def test_a_bulk_edit_is_walked_through_once(dsn: str, connection: psycopg.Connec
     until(lambda: one(connection, read) >= rows)
     # The walk reads each once, and so do the count after it and the next walk, until the server knows them dead.
     assert one(connection, read) <= 4 * rows
+
+
+def test_the_ledger_tells_at_once_who_is_active(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Also of a standby that takes over: `cutover` and `status` do not wait for the next heartbeat."""
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER")
+    stops = [threading.Event(), threading.Event()]
+    followers = [Follower(settings(dsn), oid_of(connection), stop=stop.is_set) for stop in stops]
+    threads = [threading.Thread(target=follower.run) for follower in followers]
+    active = "SELECT count(*) FROM revector.heartbeats WHERE active AND worker = %s"
+    try:
+        for follower, thread, before in zip(followers, threads, (None, stops[0]), strict=True):
+            thread.start()
+            if before is not None:
+                until(lambda: one(connection, "SELECT count(*) FROM revector.heartbeats") == 2)
+                before.set()
+            until(lambda f=follower: f.active)  # type: ignore[misc]
+            until(lambda f=follower: one(connection, active, f.worker), 1)  # type: ignore[misc]
+    finally:
+        for stop in stops:
+            stop.set()
+        for thread in threads:
+            thread.join()
