@@ -233,6 +233,13 @@ class Follower:
                         if managed(ledger.latest() or row):
                             raise
                         continue
+                    except pg.LockNotAvailable:
+                        # No session is lost by it; reading waits in the lock's queue, so this does not spin.
+                        self._stand(active=self.active, trouble=f"{row.plan.table} is locked by somebody's DDL")
+                        self._tell("trouble", self.trouble)
+                        self._turned = time.monotonic()
+                        self._rest(0.1)
+                        continue
                     self._seen(filler)
                     if written:
                         self.filled += written
@@ -295,8 +302,13 @@ class Follower:
 
     def _lost(self, error: Exception) -> None:
         """The database is away, or something that will pass: wait, twice as long each time."""
-        lost = not isinstance(error, Resumable) or isinstance(error, ServerLost)
-        self._stand(active=False, trouble=f"the database was lost ({type(error).__name__})" if lost else str(error))
+        if isinstance(error, pg.LockNotAvailable | pg.DeadlockDetected):
+            trouble = "a lock was not to be had"
+        elif isinstance(error, Resumable) and not isinstance(error, ServerLost):
+            trouble = str(error)
+        else:
+            trouble = f"the database was lost ({type(error).__name__})"
+        self._stand(active=False, trouble=trouble)
         self.observe(Note(f"{self.trouble}; trying again in {self._wait:.1f} s"))
         self._rest(self._wait)
         self._wait = min(2 * self._wait, _WAITS[1])
@@ -309,8 +321,8 @@ class Follower:
             return
         try:
             pending = sum(filler.pending(number, _MANY) for number in filler.numbers) if counted else None
-        except (pg.UndefinedColumn, pg.UndefinedTable):
-            return  # a swap came between; the next turn tells
+        except (pg.UndefinedColumn, pg.UndefinedTable, pg.LockNotAvailable):
+            return  # a swap or somebody's DDL came between; the next turn tells
         failures = sum(len(filler.work.ledger.failures(number)) for number in filler.numbers)
         self._told = (time.monotonic(), state, self.trouble)
         self.observe(Health(state, self.filled, pending, self.oldest, failures, self.trouble))

@@ -34,7 +34,7 @@ from fix_tables import (
     until,
     vector,
 )
-from revector import Request
+from revector import Request, db
 from revector.db import Database, Session
 from revector.embed import Embedder
 from revector.embed.hashing import Hashing
@@ -438,3 +438,28 @@ def test_the_ledger_tells_at_once_who_is_active(dsn: str, connection: psycopg.Co
             stop.set()
         for thread in threads:
             thread.join()
+
+
+def test_a_lock_that_is_not_to_be_had_is_no_lost_database(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody's DDL holds the table: the follower says so, keeps its sessions, and goes on the moment that it ends."""
+    monkeypatch.setitem(db._GROUND, "lock_timeout", "300ms")
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER")
+    held = "kb is locked by somebody's DDL"
+    with following(dsn, connection) as follower:
+        seen: list[Observation] = []
+        follower.observe = seen.append
+        sessions = "SELECT array_agg(pid) FROM pg_stat_activity WHERE application_name LIKE 'revector%'"
+        before = set(one(connection, sessions))
+        edit(connection, 1)
+        with psycopg.connect(dsn) as other:
+            other.execute("LOCK TABLE kb IN ACCESS EXCLUSIVE MODE")
+            until(lambda: any(isinstance(s, Health) and s.why == held for s in seen))
+            until(lambda: one(connection, "SELECT count(*) FROM revector.heartbeats WHERE trouble = %s", held), 1)
+        until(lambda: fresh(connection, 1), 2)
+        until(lambda: one(connection, "SELECT count(*) FROM revector.heartbeats WHERE active AND trouble IS NULL"), 2)
+        assert before <= set(one(connection, sessions))
+    assert not [s for s in seen if "lost" in str(s)]
+    assert_exact(connection, "kb", "content", ALL)
