@@ -85,6 +85,8 @@ class Follower:
         self._told = (float("-inf"), "", "")
         self._wait = _WAITS[0]
         self._ended = threading.Event()
+        #: What the heartbeat tells has changed.
+        self._changed = threading.Event()
         #: The plan's fingerprint, and its models: loaded and proven once, however often the server is lost.
         self._models: tuple[str, Mapping[int, Callable[[], Embedder]]] = ("", {})
         self._purse: Purse | None = None
@@ -112,6 +114,7 @@ class Follower:
                     self._lost(error)
         finally:
             self._ended.set()
+            self._changed.set()
             beats.join()
             self.close()
         return self.filled
@@ -230,6 +233,13 @@ class Follower:
                         if managed(ledger.latest() or row):
                             raise
                         continue
+                    except pg.LockNotAvailable:
+                        # No session is lost by it; reading waits in the lock's queue, so this does not spin.
+                        self._stand(active=self.active, trouble=f"{row.plan.table} is locked by somebody's DDL")
+                        self._tell("trouble", self.trouble)
+                        self._turned = time.monotonic()
+                        self._rest(0.1)
+                        continue
                     self._seen(filler)
                     if written:
                         self.filled += written
@@ -238,7 +248,7 @@ class Follower:
                     self._turned = time.monotonic()
                     self._rest(POLL)
             finally:
-                self.active = False
+                self._stand(active=False)
                 if filler is not None:
                     filler.close()
         return False
@@ -248,7 +258,7 @@ class Follower:
         loaded = False
         while not control.try_lock("follower", self.table):
             self._turned = time.monotonic()
-            self.trouble = ""
+            self._stand(active=False, trouble="")
             self._tell("standing by", "another follower is active")
             if not loaded and (found := self._work(control)) is not None:
                 loaded = True
@@ -276,18 +286,29 @@ class Follower:
 
     def _seen(self, filler: Filler) -> None:
         """Note how it stands after a look. Raises when nothing can be filled, and no waiting will mend that."""
-        self.active, self._wait, self.oldest = True, _WAITS[0], filler.oldest()
+        self._wait, self.oldest = _WAITS[0], filler.oldest()
         errors = [trouble.error for trouble in filler.troubles.values()]
         barred = [filler.troubles[number].error for number in filler.numbers if number in filler.troubles]
         if len(barred) == len(filler.numbers) and not any(isinstance(error, Resumable) for error in barred):
             raise barred[0]
-        self.trouble = "; ".join(f"{error}. {error.why}".rstrip(". ") for error in errors)
+        self._stand(active=True, trouble="; ".join(f"{error}. {error.why}".rstrip(". ") for error in errors))
+
+    def _stand(self, *, active: bool, trouble: str | None = None) -> None:
+        """How it stands now; the heartbeat tells a change at once, for others wait for it. Trouble None: as before."""
+        before = self.active, self.trouble
+        self.active, self.trouble = active, self.trouble if trouble is None else trouble
+        if (self.active, self.trouble) != before:
+            self._changed.set()
 
     def _lost(self, error: Exception) -> None:
         """The database is away, or something that will pass: wait, twice as long each time."""
-        self.active = False
-        lost = not isinstance(error, Resumable) or isinstance(error, ServerLost)
-        self.trouble = f"the database was lost ({type(error).__name__})" if lost else str(error)
+        if isinstance(error, pg.LockNotAvailable | pg.DeadlockDetected):
+            trouble = "a lock was not to be had"
+        elif isinstance(error, Resumable) and not isinstance(error, ServerLost):
+            trouble = str(error)
+        else:
+            trouble = f"the database was lost ({type(error).__name__})"
+        self._stand(active=False, trouble=trouble)
         self.observe(Note(f"{self.trouble}; trying again in {self._wait:.1f} s"))
         self._rest(self._wait)
         self._wait = min(2 * self._wait, _WAITS[1])
@@ -300,8 +321,8 @@ class Follower:
             return
         try:
             pending = sum(filler.pending(number, _MANY) for number in filler.numbers) if counted else None
-        except (pg.UndefinedColumn, pg.UndefinedTable):
-            return  # a swap came between; the next turn tells
+        except (pg.UndefinedColumn, pg.UndefinedTable, pg.LockNotAvailable):
+            return  # a swap or somebody's DDL came between; the next turn tells
         failures = sum(len(filler.work.ledger.failures(number)) for number in filler.numbers)
         self._told = (time.monotonic(), state, self.trouble)
         self.observe(Health(state, self.filled, pending, self.oldest, failures, self.trouble))
@@ -320,7 +341,7 @@ class Follower:
         """Heartbeats through a session of their own, for one long batch must not look like death."""
         session: Session | None = None
         try:
-            while not self._ended.wait(0 if session is None else BEAT):
+            while not self._ended.is_set():
                 try:
                     if session is None:
                         session = self.database.connect("heartbeat")
@@ -333,6 +354,9 @@ class Follower:
                         oldest=self.oldest,
                         trouble="a step takes longer than two minutes" if stuck and self.active else self.trouble,
                     )
+                    self._changed.wait(BEAT)
+                    # Before the state is read again, so that no change is missed.
+                    self._changed.clear()
                 except (RevectorError, psycopg.Error):
                     if session is not None:
                         session.close()

@@ -34,7 +34,7 @@ from fix_tables import (
     until,
     vector,
 )
-from revector import Request
+from revector import Request, db
 from revector.db import Database, Session
 from revector.embed import Embedder
 from revector.embed.hashing import Hashing
@@ -394,3 +394,72 @@ def test_a_pause_before_the_swap_does_not_outlive_it(dsn: str, connection: psyco
         connection.execute("UPDATE kb SET content = 'edited after the cutover' WHERE id = 2")
         until(lambda: fresh(connection, 1) and fresh(connection, 2), 4)
     assert_exact(connection, "kb", "content", ALL, at_least=20)
+
+
+def test_a_bulk_edit_is_walked_through_once(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """What it costs to find a pending row does not grow with how many others are pending."""
+    rows = 4000
+    knowledge_base(connection, 20, index=None)
+    advance(dsn, "CUT_OVER")
+    connection.execute("SET revector.writer = 'on'")
+    connection.execute(
+        "INSERT INTO kb (id, content) SELECT n, 'text ' || n FROM generate_series(100, 99 + %s) AS n", (rows,)
+    )
+    connection.execute("VACUUM ANALYZE kb")
+    assert fill(dsn, connection) == rows
+    assert_exact(connection, "kb", "content", ALL, at_least=rows)
+    read = (
+        "SELECT max(s.idx_tup_read) FROM pg_stat_user_indexes s JOIN pg_index i USING (indexrelid)"
+        " WHERE s.relname = 'kb' AND i.indpred IS NOT NULL"
+    )
+    until(lambda: one(connection, read) >= rows)
+    # The walk reads each once, and so do the count after it and the next walk, until the server knows them dead.
+    assert one(connection, read) <= 4 * rows
+
+
+def test_the_ledger_tells_at_once_who_is_active(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """Also of a standby that takes over: `cutover` and `status` do not wait for the next heartbeat."""
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER")
+    stops = [threading.Event(), threading.Event()]
+    followers = [Follower(settings(dsn), oid_of(connection), stop=stop.is_set) for stop in stops]
+    threads = [threading.Thread(target=follower.run) for follower in followers]
+    active = "SELECT count(*) FROM revector.heartbeats WHERE active AND worker = %s"
+    try:
+        for follower, thread, before in zip(followers, threads, (None, stops[0]), strict=True):
+            thread.start()
+            if before is not None:
+                until(lambda: one(connection, "SELECT count(*) FROM revector.heartbeats") == 2)
+                before.set()
+            until(lambda f=follower: f.active)  # type: ignore[misc]
+            until(lambda f=follower: one(connection, active, f.worker), 1)  # type: ignore[misc]
+    finally:
+        for stop in stops:
+            stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_lock_that_is_not_to_be_had_is_no_lost_database(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody's DDL holds the table: the follower says so, keeps its sessions, and goes on the moment that it ends."""
+    monkeypatch.setitem(db._GROUND, "lock_timeout", "300ms")
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER")
+    held = "kb is locked by somebody's DDL"
+    with following(dsn, connection) as follower:
+        seen: list[Observation] = []
+        follower.observe = seen.append
+        sessions = "SELECT array_agg(pid) FROM pg_stat_activity WHERE application_name LIKE 'revector%'"
+        before = set(one(connection, sessions))
+        edit(connection, 1)
+        with psycopg.connect(dsn) as other:
+            other.execute("LOCK TABLE kb IN ACCESS EXCLUSIVE MODE")
+            until(lambda: any(isinstance(s, Health) and s.why == held for s in seen))
+            until(lambda: one(connection, "SELECT count(*) FROM revector.heartbeats WHERE trouble = %s", held), 1)
+        until(lambda: fresh(connection, 1), 2)
+        until(lambda: one(connection, "SELECT count(*) FROM revector.heartbeats WHERE active AND trouble IS NULL"), 2)
+        assert before <= set(one(connection, sessions))
+    assert not [s for s in seen if "lost" in str(s)]
+    assert_exact(connection, "kb", "content", ALL)

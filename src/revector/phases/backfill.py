@@ -48,6 +48,8 @@ _LOCK_PATIENCE: Final = 120.0
 #: Seconds between two notes in the ledger that a side has written.
 _NOTED_EVERY: Final = 2.0
 _FILL_LIMIT: Final = 256
+#: A walk holds so many places of pending rows in memory: each reading of the pending index sorts all that is in it.
+_PLACES: Final = 50_000
 #: Seconds after the first look at every row within which `refresh` must catch the last stale one.
 _REFRESH_PATIENCE: Final = 60.0
 #: A model that fails is asked again after so many seconds, and after twice as many each time, up to so many.
@@ -69,6 +71,14 @@ _WRITER: Final = {
     "lock_timeout": "400ms",
     "synchronous_commit": "off",
     "enable_seqscan": "off",
+}
+#: A batch of pending rows is looked up place by place. Any other plan reads all that is pending for each batch: the
+#: statistics say that the pending index is empty, as it mostly is.
+_BY_PLACE: Final = {
+    "enable_indexscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
 }
 
 
@@ -686,9 +696,8 @@ class Filler:
         self._met: dict[tuple[int, str, int], float] = {}
         #: Rows that the last walk met and did not fill.
         self._skipped = 0
-        # A TID range scan from the last place on would read the whole table; the pending index is tiny.
-        self.reader = work.database.connect("follower", enable_seqscan="off", enable_tidscan="off")
-        self._writer = writer(work)
+        self.reader = work.database.connect("follower", enable_seqscan="off")
+        self._writer = writer(work, **_BY_PLACE)
         self.session = self._writer.__enter__()
         self.written = 0
         #: Why nothing may be written at present, as it was last told.
@@ -809,50 +818,76 @@ class Filler:
         }
 
     def _walk(self, leaf: Leaf, numbers: Sequence[int], names: Mapping[int, sql.Identifier]) -> int:
-        written, after = 0, "(0,0)"
+        """Walk through one leaf: where rows are pending is read at once, what they hold batch by batch."""
+        written, after = 0, (0, 0)
         # What is written behind the present end is for the next walk: writers as fast as the model must not hold us.
         end_block = _blocks(self.reader, leaf)
-        text = raw(self.work.plan.text_sql)
-        while not self.work.stop():
-            found: dict[str, Any] = {}
-            needed: dict[int, set[str]] = {}
-            ends = []
-            limit = min(_FILL_LIMIT, (self.work.throttle.most() if self.paced else None) or _FILL_LIMIT)
-            wanted = [number for number in numbers if number not in self.troubles or len(numbers) == 1]
-            for number in wanted:
-                try:
-                    rows = _rows_of(
-                        self.work, self.reader, leaf, "pending_rows", {"column": names[number], "text": text},
-                        after=after, end=f"({end_block},0)", migration=self.work.ledger.migration,
-                        generation=number, limit=limit,
-                    )  # fmt: skip
-                except Detached:
+        try:
+            while True:
+                places, last = self._places(leaf, numbers, names, after, end_block)
+                while places:
+                    limit = min(_FILL_LIMIT, (self.work.throttle.most() if self.paced else None) or _FILL_LIMIT)
+                    some, places = places[:limit], places[limit:]
+                    if self.work.stop():
+                        return written
+                    batch = self._texts(leaf, numbers, names, some)
+                    # A row that has left its place may be pending at another one, which this walk does not meet.
+                    self._skipped += len(some) - len(batch)
+                    if not batch:
+                        continue
+                    now = time.monotonic()
+                    for key in [(leaf.oid, r.tid, r.hash) for r in batch]:
+                        self._met[key] = self.seen.get(key, now)
+                    if self.paced and not self._may_write():
+                        self._skipped += len(batch)
+                        return written
+                    needed = {number: {r.tid for r in batch if number in r.needed} for number in numbers}
+                    written += (count := self._fill(leaf, batch, needed))
+                    self._skipped += len(batch) - count
+                    self.work.throttle.wrote(count)
+                    if all(number in self.troubles for number in numbers):
+                        return written
+                if last is None:
                     return written
-                needed[number] = {r.tid for r in rows}
-                found |= {r.tid: r for r in rows}
-                if len(rows) == limit:
-                    ends.append(_place(rows[-1].tid))
-            if not found:
-                return written
-            # Beyond the nearest end one generation has not been read yet.
-            end = min(ends, default=None)
-            batch = [r for tid, r in found.items() if end is None or _place(tid) <= end]
-            now = time.monotonic()
-            for key in [(leaf.oid, r.tid, r.hash) for r in batch]:
-                self._met[key] = self.seen.get(key, now)
-            if self.paced and not self._may_write():
-                self._skipped += len(batch)
-                return written
-            try:
-                written += (count := self._fill(leaf, batch, needed))
-                self._skipped += len(batch) - count
-            except Detached:
-                return written
-            self.work.throttle.wrote(count)
-            if end is None or all(number in self.troubles for number in numbers):
-                return written
-            after = f"({end[0]},{end[1]})"
-        return written
+                after = last
+        except Detached:
+            return written
+
+    def _wanted(self, numbers: Sequence[int]) -> list[int]:
+        return [number for number in numbers if number not in self.troubles or len(numbers) == 1]
+
+    def _places(
+        self, leaf: Leaf, numbers: Sequence[int], names: Mapping[int, sql.Identifier], after: tuple[int, int], end: int
+    ) -> tuple[list[tuple[int, int]], tuple[int, int] | None]:
+        """The places of rows pending in any of these generations, in heap order; and where to go on, None: these are all."""
+        found: set[tuple[int, int]] = set()
+        ends = []
+        text = raw(self.work.plan.text_sql)
+        for number in self._wanted(numbers):
+            rows = _rows_of(
+                self.work, self.reader, leaf, "pending_places", {"column": names[number], "text": text},
+                after=_tid(after), end=f"({end},0)", migration=self.work.ledger.migration,
+                generation=number, limit=_PLACES,
+            )  # fmt: skip
+            found.update(_place(row.tid) for row in rows)
+            if len(rows) == _PLACES:
+                ends.append(_place(rows[-1].tid))
+        # Beyond the nearest end one generation has not been read yet.
+        last = min(ends, default=None)
+        return sorted(place for place in found if last is None or place <= last), last
+
+    def _texts(
+        self, leaf: Leaf, numbers: Sequence[int], names: Mapping[int, sql.Identifier], places: Sequence[tuple[int, int]]
+    ) -> list[Any]:
+        """(tid, text, hash, needed) of the rows that are at these places now and still lack one of these generations."""
+        plan = self.work.plan
+        new = names[plan.new.number]
+        parts = {"old": names.get(plan.old.number, new), "new": new, "text": raw(plan.text_sql)}
+        return _rows_of(
+            self.work, self.reader, leaf, "pending_texts", parts,
+            tids=[_tid(place) for place in places], old=plan.old.number, new=plan.new.number,
+            wanted=self._wanted(numbers), migration=self.work.ledger.migration,
+        )  # fmt: skip
 
     def _may_write(self) -> bool:
         """Wait for the throttle. Who endures waits for no resume and no standby: the stage may have moved on meanwhile."""
@@ -1047,6 +1082,10 @@ def _place(tid: str) -> tuple[int, int]:
 def _hot_since(at: _Entered, session: Session, leaf: Leaf) -> int:
     """HOT updates of this write transaction."""
     return int(session.value(block("phases/backfill", "hot"), table=leaf.oid)) - at.hot
+
+
+def _tid(place: tuple[int, int]) -> str:
+    return f"({place[0]},{place[1]})"
 
 
 class _Copier:

@@ -89,15 +89,27 @@ SELECT g.number, (pg_identify_object_as_address('pg_class'::regclass, g.table_oi
   FROM revector.generations g
  WHERE g.table_oid = %(table)s::oid AND g.number = ANY (%(numbers)s) AND g.attnum IS NOT NULL;
 
--- name: pending_rows
--- Rows pending in one generation, through its pending index, from a place in the heap on; refused texts are skipped.
+-- name: pending_places
+-- Where rows are pending in one generation, through its pending index; refused texts are skipped. As functions the bounds are no TID range scan.
 -- lock: ACCESS SHARE
-SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::text COLLATE "C", 0) AS hash
-  FROM ONLY {table} AS t
- WHERE t.{column} IS NULL AND ({text}) IS NOT NULL AND t.ctid > %(after)s::tid AND t.ctid < %(end)s::tid
+SELECT t.ctid::text AS tid FROM ONLY {table} AS t
+ WHERE t.{column} IS NULL AND ({text}) IS NOT NULL AND tidgt(t.ctid, %(after)s::tid) AND tidlt(t.ctid, %(end)s::tid)
    AND NOT EXISTS (SELECT FROM revector.failures f WHERE f.migration = %(migration)s AND f.generation = %(generation)s
                     AND f.text_hash = hashtextextended(({text})::text COLLATE "C", 0))
  ORDER BY t.ctid LIMIT %(limit)s;
+
+-- name: pending_texts
+-- The rows at some of these places, with the generations they still lack and that do not refuse them. The tests stand outside, so that each place is looked up by itself.
+-- lock: ACCESS SHARE
+WITH found AS MATERIALIZED (
+  SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::text COLLATE "C", 0) AS hash,
+         ARRAY[CASE WHEN t.{old} IS NULL THEN %(old)s END, CASE WHEN t.{new} IS NULL THEN %(new)s END]::int[] AS lacking
+    FROM ONLY {table} AS t WHERE t.ctid = ANY (%(tids)s::tid[]))
+SELECT tid, text, hash, needed FROM found CROSS JOIN LATERAL (
+  SELECT array_agg(number) AS needed FROM unnest(lacking) AS number
+   WHERE number = ANY (%(wanted)s)
+     AND NOT EXISTS (SELECT FROM revector.failures f WHERE f.migration = %(migration)s AND f.generation = number AND f.text_hash = hash)) AS open
+ WHERE text IS NOT NULL AND needed IS NOT NULL;
 
 -- name: given
 -- The vectors that rows came with, where their texts are still those.
