@@ -18,7 +18,18 @@ from revector import trigger
 from revector.carried import set_on
 from revector.catalog import Dependent, Table, dependents, find_table, holding, publishing, read_server, read_table
 from revector.db import DEFAULT_LIMITS, Database, PauseLimits, Session, block, raw, translated
-from revector.errors import Busy, GateFailed, Interrupted, Outage, Refused, RevectorError, ServerLost, UsageError
+from revector.errors import (
+    Busy,
+    GateFailed,
+    InputRefused,
+    Interrupted,
+    KeyRejected,
+    Outage,
+    Refused,
+    RevectorError,
+    ServerLost,
+    UsageError,
+)
 from revector.follow import Follower
 from revector.ledger import NEXT, Event, Ledger, LiveGeneration, MigrationRow, Stage, Vigil
 from revector.moment import AT_ONCE, Moment, wait
@@ -336,7 +347,7 @@ class Migration:
     def preview(self, request: Request | None = None, *, to: str | None = None, from_: str | None = None) -> Preview:
         """What `run` would do, every statement and estimate included; changes nothing."""
         request = _asked(request, to, from_)
-        with translated(self._command("plan")):
+        with self._explained("plan"):
             row = self.latest()
             if row is not None and not row.stage.closed:
                 _check_column(row, request, self.name)
@@ -551,7 +562,7 @@ class Migration:
         From VERIFIED on both generations are guarded and caught up first. `from_` (with `text` and `vector`) names
         the model of a table that revector does not know yet. `refresh` follows changes of the table and its grants.
         """
-        with translated(self._command("expose")):
+        with self._explained("expose"):
             row = self.latest()
             if row is not None and not row.stage.closed:
                 return self._expose_open(
@@ -1341,8 +1352,11 @@ class Migration:
                 yield
             except RevectorError as error:
                 with suppress(psycopg.Error):  # the first error is the one that counts
-                    if (row := self.latest()) is not None:
+                    row = self.latest()
+                    if row is not None and not row.stage.closed:
                         row.explain(error, self._command(command))
+                    elif isinstance(error, KeyRejected | Outage | InputRefused):
+                        _explain_unplanned(error)
                 raise
 
     def _purse_of(self, row: MigrationRow) -> Purse:
@@ -1516,6 +1530,16 @@ class Migration:
                 )
             )
         return tuple(found)
+
+
+def _explain_unplanned(error: RevectorError) -> None:
+    """Complete what a model's failure says where no migration is open: no plan was made, so nothing was done."""
+    if "Nothing was changed" not in error.why:
+        error.why = f"{error.why} Nothing was changed.".strip()
+    if not error.hint:
+        error.hint = "repair the model, or name another one with --from or --to"
+    if "command" not in error.hint:
+        error.hint += "\nthen the same command again"
 
 
 def _log(follower: Vigil) -> str:
