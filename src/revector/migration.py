@@ -21,7 +21,9 @@ from revector.db import DEFAULT_LIMITS, Database, PauseLimits, Session, block, r
 from revector.errors import (
     Busy,
     GateFailed,
+    InputRefused,
     Interrupted,
+    KeyRejected,
     Outage,
     PauseBudgetMissed,
     Refused,
@@ -368,7 +370,7 @@ class Migration:
     def preview(self, request: Request | None = None, *, to: str | None = None, from_: str | None = None) -> Preview:
         """What `run` would do, every statement and estimate included; changes nothing."""
         request = _asked(request, to, from_)
-        with translated(self._command("plan")):
+        with self._explained("plan"):
             row = self.latest()
             if row is not None and not row.stage.closed:
                 _check_column(row, request, self.name)
@@ -1430,6 +1432,8 @@ class Migration:
                 row = self.latest()
                 if row is not None and not row.stage.closed:
                     row.explain(error, self._command(command))
+                elif isinstance(error, KeyRejected | Outage | InputRefused):
+                    _explain_unplanned(error)
                 elif isinstance(error, PauseBudgetMissed) and (live := self.ledger.live()) is not None:
                     error.why = f"{error.why} {live.model.model} answers.".strip()
             raise
@@ -1641,6 +1645,16 @@ class Migration:
                 )
             )
         return tuple(found)
+
+
+def _explain_unplanned(error: RevectorError) -> None:
+    """Complete what a model's failure says where no migration is open: no plan was made, so nothing was done."""
+    if "Nothing was changed" not in error.why:
+        error.why = f"{error.why} Nothing was changed.".strip()
+    if not error.hint:
+        error.hint = "repair the model, or name another one with --from or --to"
+    if "command" not in error.hint:
+        error.hint += "\nthen the same command again"
 
 
 def _log(follower: Vigil) -> str:

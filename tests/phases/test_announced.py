@@ -134,6 +134,45 @@ def test_each_stage_has_the_announced_errors_and_no_others(dsn: str, connection:
     assert_exact(connection, "kb", "content", {"embedding": OLD, "embedding_g2": NEW}, at_least=24)
 
 
+#: What an end leaves of them, for who connects anew: the vector was the last column and is again, of the other model.
+ENDED: dict[str, dict[str, str]] = {
+    "abort": {},
+    "finalize": {
+        "COPY with a list": "22000",
+        "COPY without a list": "22000",
+        "INSERT SELECT *": "22000",
+        "search": "22000",
+        "write of text and vector": "22000",
+        "positional INSERT": "22000",
+    },
+}
+
+
+@pytest.mark.parametrize("command", ENDED)
+def test_each_end_has_the_announced_errors_and_no_others(dsn: str, connection: Client, command: str) -> None:
+    """After abort whoever connects anew has no error at all; after finalize the new version has none."""
+    knowledge_base(connection, 12)
+    connection.execute("CREATE TABLE archive (LIKE kb)")
+    advance(dsn, "SERVED" if command == "abort" else "CUT_OVER")
+    with steering(dsn) as migration:
+        if command == "abort":
+            migration.abort()
+        else:
+            migration.finalize(quiet_for=0)
+    seen = {}
+    for name, (step, _) in BARE.items():
+        with on(dsn) as client:
+            try:
+                step(client)
+            except psycopg.Error as error:
+                seen[name] = error.sqlstate
+    assert seen == ENDED[command]
+    model = OLD if command == "abort" else NEW
+    with on(dsn) as client:
+        search(client, model)
+        write(client, model, 6)
+
+
 @pytest.mark.parametrize("path", ["public", "rv_kb_g1,public"])
 def test_our_write_is_a_concurrent_update(dsn: str, connection: Client, path: str) -> None:
     """40001 under REPEATABLE READ and SERIALIZABLE for a row we wrote; READ COMMITTED sees nothing; xmin tokens miss."""

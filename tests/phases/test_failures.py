@@ -25,6 +25,7 @@ from fix_tables import (
     oid_of,
     one,
     settings,
+    shape,
     stage_of,
     steering,
     vector,
@@ -35,6 +36,7 @@ from revector.embed.spec import PROBES
 from revector.errors import (
     DimensionMismatch,
     GateFailed,
+    InputRefused,
     KeyRejected,
     Outage,
     RevectorError,
@@ -140,6 +142,7 @@ PHASES = {
     "backfill": Phase("EXPANDED", migrating("run"), "VERIFIED", "revector run kb"),
     "verify": Phase("INDEXED", migrating("run"), "VERIFIED", "revector run kb"),
     "follow before": Phase("VERIFIED", follow, "VERIFIED", "revector follow kb --once"),
+    "expose": Phase("VERIFIED", migrating("expose", without_follower=True), "SERVED", "revector expose kb"),
     "cutover": Phase("VERIFIED", migrating("cutover", without_follower=True), "CUT_OVER", "revector cutover kb"),
     "follow after": Phase("CUT_OVER", follow, "CUT_OVER", "revector follow kb --once"),
     "rollback": Phase("CUT_OVER", migrating("rollback", without_follower=True), "SERVED", "revector rollback kb"),
@@ -184,8 +187,8 @@ def test_every_failure_of_a_model_in_every_phase(
         advance(dsn, phase.stage, REQUEST)
     stage, answers = stage_of(connection), live_model(connection)
     for number, (kind, case) in enumerate(KINDS.items()):
-        if name == "rollback" and case.refusal:
-            continue  # going back is not refused for them: the next test
+        if name in ("rollback", "expose") and case.refusal:
+            continue  # going back and showing are not refused for them: the next test; it is told how many rows miss
         edit(connection, number % 12, kind)
         waiting = pending(connection)
         assert waiting, "there is nothing to embed, so nothing is proven"
@@ -200,10 +203,11 @@ def test_every_failure_of_a_model_in_every_phase(
                 phase.give(dsn, oid_of(connection))
             check(kind, case, phase, caught.value)
         assert len(stand.requests) > asked, f"{kind}: nothing was asked"
-        if name == "cutover":  # it went on to SERVED first, which is proven
+        if name in ("cutover", "expose"):  # it went on to SERVED first, which is proven
             stage = ("SERVED", None)
         assert stage_of(connection) == stage, kind
         assert live_model(connection) == answers, kind
+        assert one(connection, "SELECT count(*) FROM pg_namespace WHERE nspname ~ '^rv_'") == 0, f"{kind}: half exposed"
         assert pending(connection) >= (1 if case.refusal or phase.backup else waiting), (
             f"{kind}: something wrong was written"
         )
@@ -304,3 +308,44 @@ def test_the_model_that_is_left_bars_no_way(
     live, other = (EXACT[NEW], "embedding_g1") if command == "cutover" else (EXACT[OLD], "embedding_g2")
     assert_exact(connection, "kb", "content", {"embedding": live}, at_least=12)
     assert one(connection, f"SELECT count(*) FROM kb WHERE {other} IS NULL") == 3
+
+
+@pytest.mark.parametrize("failing", [OLD, NEW])
+@pytest.mark.parametrize("command", ["preview", "run"])
+def test_a_model_that_fails_before_anything_is_planned(
+    dsn: str, connection: psycopg.Connection[Any], stand: Stand, command: str, failing: str
+) -> None:
+    """A plan asks both models: whichever fails, and however, it says what to do, and the table is as it was."""
+    knowledge_base(connection, 12)
+    before = shape(connection)
+    model = failing.removeprefix("openai:")
+    for kind, case in KINDS.items():
+        if kind == "dimension" and failing == NEW:
+            continue  # nobody has said how many it should give: it is a model of so many
+        stand.script = lambda request, case=case: case.answer(request) if request["model"] == model else None  # type: ignore[misc]
+        if kind == "dimension" and command == "preview":
+            with steering(dsn) as migration:
+                assert [f.title for f in migration.preview(REQUEST).draft.blockers] == ["dimensions"]
+            continue
+        with pytest.raises(RevectorError) as caught, steering(dsn) as migration:
+            getattr(migration, command)(REQUEST)
+        raised = caught.value
+        everything = f"{raised} {raised.why} {raised.hint} {raised!r} {raised.__cause__!r} {raised.__context__!r}"
+        assert KEY not in everything, kind
+        assert failing in everything or stand.url in everything, f"{kind}: which model is not said"
+        assert raised.hint, f"{kind}: what to do is not said"
+        if isinstance(raised, KeyRejected | Outage | InputRefused):
+            assert "Nothing was changed." in raised.why, f"{kind}: {raised.why}"
+            assert "command" in raised.hint, f"{kind}: {raised.hint}"
+        assert shape(connection) == before, kind
+        assert not registered(connection), kind
+    stand.script = lambda request: None
+    with steering(dsn) as migration:
+        assert migration.run(REQUEST).passed
+
+
+def registered(connection: psycopg.Connection[Any]) -> bool:
+    """Whether a migration, or a model of this table, is on record."""
+    if one(connection, "SELECT to_regclass('revector.migrations') IS NULL"):
+        return False
+    return bool(one(connection, "SELECT EXISTS (TABLE revector.migrations) OR EXISTS (TABLE revector.generations)"))

@@ -40,14 +40,14 @@ def _look_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def slowest_write(dsn: str) -> Iterator[list[float]]:
-    """One row is edited over and over; how long each edit took, seconds."""
+    """One row gets a new text over and over, so that it is pending at every moment; how long each edit took, seconds."""
     stop, times = threading.Event(), [0.0]
 
     def write() -> None:
         with psycopg.connect(dsn, autocommit=True) as session:
             while not stop.wait(0.005):
                 began = time.monotonic()
-                session.execute("UPDATE kb SET note = left(note || 'x', 9) WHERE id = 1")
+                session.execute("UPDATE kb SET content = 'text ' || %s WHERE id = 1", (len(times),))
                 times.append(time.monotonic() - began)
 
     thread = threading.Thread(target=write)
@@ -76,6 +76,8 @@ def test_peer_04_nothing_is_embedded_under_a_lock(
     with slowest_write(dsn) as times, steering(dsn) as migration:
         migration.cutover(without_follower=True)
     assert max(times) < 0.8 and len(times) > 100
+    monkeypatch.undo()
+    fill(dsn, connection)
     assert_exact(connection, "kb", "content", {"embedding": NEW, "embedding_g1": OLD}, at_least=40)
 
 

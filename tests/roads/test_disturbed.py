@@ -12,13 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 import sqlalchemy
-from endings import assert_ended, assert_never_wrong, assert_rests, belongings, generations
+from endings import MODEL_OF, assert_ended, assert_never_wrong, assert_rests, belongings, generations
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from test_hammer import Client
 
@@ -127,11 +128,20 @@ class Entry(Base):
 class Orm(Version):
     """SQLAlchemy: reads a row under a lock, changes it, and saves every column of it."""
 
+    counted = "orm save"
+    #: How often it gives the text's vector; else it saves the one that it has read, as an ORM does.
+    gives = 0.7
+
+    def path(self) -> str:
+        return f"{'rv_kb_g1' if self.model == OLD else 'rv_kb_g2'},public"
+
+    def model_of(self, session: Session) -> str:
+        return self.model
+
     def work(self, stop: threading.Event) -> None:
-        path = "rv_kb_g1" if self.model == OLD else "rv_kb_g2"
         engine = sqlalchemy.create_engine(
             "postgresql+psycopg://",
-            creator=lambda: psycopg.connect(self.dsn, options=f"-csearch_path={path},public"),
+            creator=lambda: psycopg.connect(self.dsn, options=f"-csearch_path={self.path()}"),
             isolation_level="READ COMMITTED",
         )
         try:
@@ -141,15 +151,35 @@ class Orm(Version):
                     if entry is None:
                         continue
                     entry.content = self.text()
-                    if self.random.random() < 0.7:
-                        entry.embedding = vector(self.model, entry.content)
+                    if self.random.random() < self.gives:
+                        entry.embedding = vector(self.model_of(session), entry.content)
                     for column in ("title", "content", "note", "embedding"):
                         sqlalchemy.orm.attributes.flag_modified(entry, column)
-                self.kinds["orm save"] += 1
+                self.kinds[self.counted] += 1
         except BaseException as error:
             self.died.append(error)
         finally:
             engine.dispose()
+
+
+class BareOrm(Orm):
+    """The same by the bare name, of the version whose model answers: the row that it has locked holds off a swap."""
+
+    counted = "orm save by the bare name"
+
+    def __init__(self, dsn: str, seed: int, *, gives: float = 0.7) -> None:
+        super().__init__(dsn, seed, "")
+        self.gives = gives
+
+    def path(self) -> str:
+        return "public"
+
+    def model_of(self, session: Session) -> str:
+        kind = (
+            "SELECT format_type(atttypid, atttypmod) FROM pg_attribute"
+            " WHERE attrelid = 'kb'::regclass AND attname = 'embedding'"
+        )
+        return MODEL_OF[session.scalar(sqlalchemy.text(kind)) or ""]
 
 
 class Reader(Client):
@@ -191,6 +221,10 @@ def at_work(clients: Sequence[Client], counted: Counter[str]) -> Iterator[None]:
 def call(migration: Any, command: str) -> None:
     if command == "run":
         migration.run(REQUEST)
+    elif command == "run --backup":
+        migration.run(replace(REQUEST, backup=True))
+    elif command == "restore":
+        migration.restore()
     elif command == "finalize":
         migration.finalize(quiet_for=0)
     elif command == "abort":
@@ -217,17 +251,18 @@ def patiently(dsn: str, command: str, observe: Callable[[Observation], None] = l
 
 
 def both(dsn: str, seed: int) -> list[Client]:
-    return [Version(dsn, seed, OLD), Version(dsn, seed + 1, NEW), Orm(dsn, seed + 2, OLD), Orm(dsn, seed + 3, NEW)]
+    on_views = [Version(dsn, seed, OLD), Version(dsn, seed + 1, NEW), Orm(dsn, seed + 2, OLD), Orm(dsn, seed + 3, NEW)]
+    return [*on_views, BareOrm(dsn, seed + 4)]
 
 
 def staying(dsn: str, seed: int, command: str) -> list[Client]:
-    """The version that stays works on its view while finalize or abort closes; its edits bring their vectors along.
+    """The version that stays, on its view and bare, while finalize or abort closes; its edits bring their vectors along.
 
     The trigger goes first: an edit without a vector leaves the old one then, as it does without revector.
     """
     client = Version(dsn, seed, NEW if command == "finalize" else OLD)
     client.bare = [kind for kind in client.bare if kind not in STALE]
-    return [client]
+    return [client, BareOrm(dsn, seed + 1, gives=1.0)]
 
 
 def road(
@@ -245,7 +280,8 @@ def road(
     exposed = False
     for turn, command in enumerate(commands):
         ending = command in ("abort", "finalize")
-        old = [Reader(dsn, 10 * turn + 1)] if command == "run" else []
+        # Before anything is served a saved vector of another text stays, as it does without revector.
+        old = [*([Reader(dsn, 10 * turn + 1)] if command == "run" else []), BareOrm(dsn, 10 * turn + 2, gives=1.0)]
         working = old if not exposed else staying(dsn, 10 * turn, command) if ending else both(dsn, 10 * turn)
         with at_work(working if clients else [], counted):
             act(command)
@@ -289,7 +325,7 @@ def assert_in_the_middle(connection: psycopg.Connection[Any]) -> None:
 def test_road(name: str, dsn: str, connection: psycopg.Connection[Any]) -> None:
     """No statement of either version fails on the whole way, there and back."""
     counted = road(dsn, connection, ROADS[name], lambda command: bool(patiently(dsn, command)) and None)
-    assert counted["orm save"] and counted["do_merge"] and counted["do_search"]
+    assert counted[Orm.counted] and counted[BareOrm.counted] and counted["do_merge"] and counted["do_search"]
 
 
 @pytest.mark.roads
@@ -364,22 +400,43 @@ def test_connections_are_cut_in_each_phase(dsn: str, connection: psycopg.Connect
     assert {key.split()[0] for key in observe.struck} == set(IN_EACH)
 
 
+#: A road under crashes: its commands, the steps that a crash strikes at, the model at its end, the backup kept.
+CRASHES = {
+    "finalize": (("run", "expose", "cutover", "rollback", "cutover", "finalize"), IN_EACH, NEW, set[str]()),
+    "abort": (
+        ("run --backup", "expose", "abort"),
+        ("backup.create", "backup.copy", "backup.verify", "expose.catch_up", "expose", "abort.close",
+         "abort.validate", "abort.drop_indexes", "abort.drop_column", "abort"),
+        OLD,
+        {"relation r kb_backup_16"},
+    ),
+    "restore": (
+        ("run --backup", "cutover", "finalize", "restore", "cutover", "finalize"),
+        ("restore.windows", "restore.window", "restore.copy", "finalize.validate", "finalize.drop_column"),
+        OLD,
+        {"relation r kb_backup_16", "relation i kb_backup_16_key"},
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.roads
-def test_server_crashes_in_each_phase(server: Server) -> None:
+@pytest.mark.parametrize("name", CRASHES)
+def test_server_crashes_in_each_phase(name: str, server: Server) -> None:
     """The server restarted in immediate mode in each phase: WAL replay and the same command lead to the end."""
+    commands, steps, model, kept = CRASHES[name]
     dsn = create_database(server, "kb")
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("CREATE EXTENSION vector")
         knowledge_base(connection, ROWS)
         before = belongings(connection)
-    observe = once_at(IN_EACH, lambda: server.restart("immediate"), dsn, Effect)
-    for command in ("run", "expose", "cutover", "rollback", "cutover", "finalize"):
+    observe = once_at(steps, lambda: server.restart("immediate"), dsn, Effect)
+    for command in commands:
         patiently(dsn, command, observe)
         with psycopg.connect(dsn, autocommit=True) as connection:
             assert_never_wrong(connection)
-    assert {key.split()[0] for key in observe.struck} == set(IN_EACH)
+    assert {key.split()[0] for key in observe.struck} == set(steps)
     with psycopg.connect(dsn, autocommit=True) as connection:
-        assert_ended(connection, NEW, at_least=ROWS, before=before)
+        assert_ended(connection, model, at_least=ROWS, before=before | kept)
 
 
 @pytest.mark.roads

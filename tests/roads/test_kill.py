@@ -7,8 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psycopg
@@ -28,11 +29,19 @@ ROADS: dict[str, tuple[str, ...]] = {
     "run": (),
     "expose": ("run",),
     "unexpose": ("run", "expose"),
-    "cutover": ("run",),
-    "rollback": ("run", "cutover"),
+    "cutover": ("run", "expose"),
+    "rollback": ("run", "expose", "cutover"),
     "abort": ("run", "expose", "cutover", "rollback"),
     "finalize": ("run", "expose", "cutover"),
     "restore": ("run", "cutover", "finalize_keeping"),
+}
+#: command -> the versions that work on their generation's view while it is killed: the side that goes is announced.
+VERSIONS: dict[str, tuple[str, ...]] = {
+    "unexpose": ("old",),
+    "cutover": ("old", "new"),
+    "rollback": ("old", "new"),
+    "abort": ("old",),
+    "finalize": ("new",),
 }
 OF_RUN = ("plan", "backup", "expand", "backfill", "index", "verify")
 
@@ -42,6 +51,10 @@ def road_of(step: str) -> str:
         return "unexpose"
     head = step.partition(".")[0]
     return "run" if head in OF_RUN else "cutover" if head == "serve" else head
+
+
+def before(step: str) -> tuple[str, ...]:
+    return ("run",) if step == "serve" else ROADS[road_of(step)]
 
 
 def vector(model: Embedder, text: str) -> str:
@@ -100,6 +113,49 @@ def writing(dsn: str) -> Iterator[list[str]]:
     finally:
         stop.set()
         thread.join()
+
+
+@contextmanager
+def on_views(dsn: str, versions: Sequence[str]) -> Iterator[list[str]]:
+    """A client for each of these versions, on its generation's view with its own model: nothing may fail there."""
+    stop, errors, turns = threading.Event(), [], Counter[str]()
+
+    def work(version: str) -> None:
+        path, model = ("rv_kb_g1", OLD) if version == "old" else ("rv_kb_g2", NEW)
+        with psycopg.connect(dsn, autocommit=True, options=f"-csearch_path={path},public") as client:
+            while not stop.wait(0.01):
+                turns[version] += 1
+                text = f"turn {turns[version]} of the {version} version"
+                try:
+                    client.execute(
+                        "UPDATE kb SET content = %s, embedding = %s WHERE id = %s",
+                        (text, vector(model, text), turns[version] * 41 % ROWS),
+                    )
+                    client.execute("SELECT id FROM kb ORDER BY embedding <-> %s LIMIT 3", (vector(model, text),))
+                except psycopg.Error as error:
+                    errors.append(f"{version}: {error}")
+
+    threads = [threading.Thread(target=work, args=(version,)) for version in versions]
+    for thread in threads:
+        thread.start()
+    try:
+        yield errors
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert all(turns[version] > 5 for version in versions), turns
+
+
+def kill(dsn: str, command: str, step: str, moment: str) -> None:
+    """Give the command to a process that kills itself there."""
+    killed = subprocess.run(
+        [sys.executable, Path(victim.__file__), dsn, command, step, moment],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, f"{step} did not happen: {killed.stderr[-600:]}"
 
 
 def settle(dsn: str, table: int) -> None:
@@ -194,22 +250,71 @@ def test_killed_and_given_again(dsn: str, connection: psycopg.Connection, step: 
     """A process killed at any named step is completed by the same command, under a live writer."""
     make(connection)
     command = road_of(step)
-    with writing(dsn) as errors:
-        proceed(dsn, ROADS[command])
-        killed = subprocess.run(
-            [sys.executable, Path(victim.__file__), dsn, command, step, moment],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert killed.returncode == -signal.SIGKILL, f"{step} did not happen: {killed.stderr[-600:]}"
+    with writing(dsn) as errors, ExitStack() as stack:
+        proceed(dsn, before(step))
+        versions = VERSIONS.get(command, ()) if step != "serve" else ()
+        on_view = stack.enter_context(on_views(dsn, versions))
+        kill(dsn, command, step, moment)
         with Migration.open(Settings(database_url=dsn), table="kb") as migration:
             row = migration.latest()
             done = row is not None and row.stage.closed
         if not done and not (moment == "recorded" and step in ("cutover", "rollback", "expose.drop")):
             proceed(dsn, (command,))
-    assert errors == []
+    assert (errors, on_view) == ([], [])
     finish_and_check(dsn, connection, command)
+
+
+#: Where a migration stands before SERVED -> the step of `run` that a process is killed at to leave it there.
+BEFORE_SERVED = {
+    "planned": "plan",
+    "expanded": "expand",
+    "mid backfill": "backfill.window",
+    "indexed": "index",
+    "verified": "verify",
+}
+#: The steps of an abort that nothing is to be caught up for: no trigger has ever cleared a live vector.
+OF_EARLY_ABORT = ("abort.close", "abort.drop_views", "abort.drop_indexes", "abort.drop_column", "abort")
+
+
+@pytest.mark.roads
+@pytest.mark.parametrize("place", BEFORE_SERVED)
+def test_abort_before_served_killed_at_each_of_its_steps(dsn: str, connection: psycopg.Connection, place: str) -> None:
+    """From wherever a run stopped, an abort that is killed at one step after another comes to its end."""
+    make(connection)
+    with writing(dsn) as errors, on_views(dsn, ["old"]) as on_view:
+        kill(dsn, "run", "plan", "recorded")
+        proceed(dsn, ("expose",))
+        if place != "planned":
+            kill(dsn, "run", BEFORE_SERVED[place], "recorded")
+        for step in OF_EARLY_ABORT:
+            if step == "abort.drop_column" and place == "planned":
+                continue  # there is none
+            kill(dsn, "abort", step, "effect")
+            if step != "abort":
+                kill(dsn, "abort", step, "recorded")
+        proceed(dsn, ("abort",))
+    assert (errors, on_view) == ([], [])
+    finish_and_check(dsn, connection, "abort")
+
+
+@pytest.mark.roads
+def test_second_cutover_killed_at_each_of_its_steps(dsn: str, connection: psycopg.Connection) -> None:
+    """There, back and there again: what a first cutover left behind is no step of the second."""
+    make(connection)
+    with writing(dsn) as errors:
+        proceed(dsn, ("run", "expose", "cutover", "rollback"))
+        with on_views(dsn, ["old", "new"]) as on_view:
+            for moment in ("effect", "recorded"):
+                kill(dsn, "cutover", "cutover.catch_up", moment)
+            kill(dsn, "cutover", "cutover", "effect")
+            kill(dsn, "cutover", "cutover", "recorded")
+            for moment in ("effect", "recorded"):
+                kill(dsn, "rollback", "rollback.catch_up", moment)
+            kill(dsn, "rollback", "rollback", "effect")
+            kill(dsn, "rollback", "rollback", "recorded")
+            proceed(dsn, ("cutover",))
+    assert (errors, on_view) == ([], [])
+    finish_and_check(dsn, connection, "cutover")
 
 
 MESSAGES = (
@@ -233,9 +338,9 @@ def test_server_session_lost_inside_a_message(dsn: str, connection: psycopg.Conn
     """Effect and ledger row of a one-message step commit together: losing the session between them leaves neither."""
     make(connection)
     command = road_of(step)
-    proceed(dsn, ROADS[command])
+    proceed(dsn, before(step))
     if command == "run":
-        subprocess.run([sys.executable, Path(victim.__file__), dsn, "run", "plan", "recorded"], check=False)
+        kill(dsn, "run", "plan", "recorded")
     connection.execute(
         sql.SQL(
             "CREATE FUNCTION die() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
@@ -243,7 +348,7 @@ def test_server_session_lost_inside_a_message(dsn: str, connection: psycopg.Conn
         ).format(sql.Literal(step))
     )
     connection.execute("CREATE TRIGGER die BEFORE INSERT ON revector.events FOR EACH ROW EXECUTE FUNCTION die()")
-    before = connection.execute("SELECT stage, closing FROM revector.migrations").fetchall()
+    was = connection.execute("SELECT stage, closing FROM revector.migrations").fetchall()
     killed = subprocess.run(
         [sys.executable, Path(victim.__file__), dsn, command, "none", "effect"],
         capture_output=True,
@@ -253,7 +358,7 @@ def test_server_session_lost_inside_a_message(dsn: str, connection: psycopg.Conn
     assert "ServerLost" in killed.stderr
     if step.endswith("close") or "." not in step:
         assert (
-            connection.execute("SELECT stage, closing FROM revector.migrations").fetchall() == before
+            connection.execute("SELECT stage, closing FROM revector.migrations").fetchall() == was
             or step in ("cutover", "expose")  # SERVED comes first
         )
     connection.execute("DROP TRIGGER die ON revector.events; DROP FUNCTION die()")
@@ -287,16 +392,10 @@ def test_killed_after_close_with_a_writer_on_the_view_that_goes(
     thread = threading.Thread(target=write)
     thread.start()
     try:
-        killed = subprocess.run(
-            [sys.executable, Path(victim.__file__), dsn, road, f"{command}.close", "recorded"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert killed.returncode == -signal.SIGKILL, killed.stderr[-600:]
-        before = len(fell)
+        kill(dsn, road, f"{command}.close", "recorded")
+        refused = len(fell)
         deadline = time.monotonic() + 10
-        while len(fell) < before + 5:
+        while len(fell) < refused + 5:
             assert time.monotonic() < deadline, "it still writes through the departing view, unguarded"
             time.sleep(0.02)
         proceed(dsn, (road,))

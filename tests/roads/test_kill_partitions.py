@@ -55,7 +55,7 @@ def test_killed_and_given_again(dsn: str, connection: psycopg.Connection, step: 
     make(connection)
     command = test_kill.road_of(step)
     with test_kill.writing(dsn) as errors:
-        test_kill.proceed(dsn, test_kill.ROADS[command])
+        test_kill.proceed(dsn, test_kill.before(step))
         killed = subprocess.run(
             [sys.executable, Path(victim.__file__), dsn, command, step, moment],
             capture_output=True,
