@@ -22,6 +22,7 @@ from pgvector.psycopg import register_vector
 
 from revector import Embedder, Migration, Request, Settings
 from revector.embedded import Server, create_database, embedded_server
+from revector.errors import PauseBudgetMissed
 from revector.follow import Follower
 from revector.work import Observation, Recorded
 
@@ -331,11 +332,19 @@ def pauses(dsn: str, filled: str, size: Size) -> list[Row]:
     with psycopg.connect(dsn, autocommit=True) as connection:
         last = "SELECT coalesce(max(id), 0) FROM revector.events"
         before = connection.execute(last).fetchone()[0]  # type: ignore[index]
+        missed = 0
         with following(dsn), writing(dsn):
             for command in ("cutover", "rollback") * 5:
                 time.sleep(0.5)
-                with Migration.open(Settings(database_url=dsn), table="kb") as migration:
-                    getattr(migration, command)()
+                while True:
+                    try:
+                        with Migration.open(Settings(database_url=dsn), table="kb") as migration:
+                            getattr(migration, command)()
+                        break
+                    except PauseBudgetMissed:
+                        missed += 1
+                        if missed == 10:
+                            raise
         told = connection.execute(
             "SELECT (figures->>'total_ms')::float8, (figures->>'hold_ms')::float8 FROM revector.events"
             " WHERE step = 'pause' AND figures->>'step' IN ('cutover', 'rollback') AND id > %s ORDER BY id",
@@ -356,8 +365,8 @@ def pauses(dsn: str, filled: str, size: Size) -> list[Row]:
     middle = statistics.median(totals)
     return [
         Row("swap, lock held, longest of 10", max(holds), "ms", None, None, "<= 10 ms", max(holds) <= 10),
-        Row("swap, wait + hold, longest of 10", max(totals), "ms", max(usual), None, f"<= {BUDGET_MS} ms (the budget)",
-            max(totals) <= BUDGET_MS and len(totals) == 10),
+        Row(f"swap, wait + hold, longest of 10, after {missed} commands that missed it", max(totals), "ms", max(usual), None, f"<= {BUDGET_MS} ms (the budget)",
+            max(totals) <= BUDGET_MS and not missed),
         Row("swap, wait + hold, median of 10", middle, "ms", statistics.median(usual), None, "< 60 ms", middle < 60),
     ]  # fmt: skip
 

@@ -26,7 +26,7 @@ from revector.work import Effect, Note, Observer, Outcome, Recorded
 _GAP: Final = 0.2
 #: What a view cannot do, and the way round.
 LIMITS: Final = (
-    ("ON CONFLICT ON CONSTRAINT", "name the columns, ON CONFLICT (id)"),
+    ("ON CONFLICT ON CONSTRAINT", "name the columns of the key: ON CONFLICT (COLUMN, ...)"),
     ("COPY of the view, in or out", "in: from a session with the plain search_path; out: COPY (SELECT ...) TO"),
     ("TRUNCATE", "the table by schema and name"),
     ("MERGE, before PostgreSQL 17", "INSERT ... ON CONFLICT (columns)"),
