@@ -363,10 +363,11 @@ def pauses(dsn: str, filled: str, size: Size) -> list[Row]:
             connection.execute("ALTER TABLE kb RENAME COLUMN before TO embedding")
     totals, holds = [total for total, _ in told], [hold for _, hold in told]
     middle = statistics.median(totals)
+    tail = f" ({missed} more commands missed the budget)" if missed else ""
     return [
         Row("swap, lock held, longest of 10", max(holds), "ms", None, None, "<= 10 ms", max(holds) <= 10),
-        Row(f"swap, wait + hold, longest of 10, after {missed} commands that missed it", max(totals), "ms", max(usual), None, f"<= {BUDGET_MS} ms (the budget)",
-            max(totals) <= BUDGET_MS and not missed),
+        Row(f"swap, wait + hold, longest of 10{tail}", max(totals), "ms", max(usual), None,
+            f"<= {BUDGET_MS} ms (the budget)", max(totals) <= BUDGET_MS and not missed),
         Row("swap, wait + hold, median of 10", middle, "ms", statistics.median(usual), None, "< 60 ms", middle < 60),
     ]  # fmt: skip
 
