@@ -188,20 +188,19 @@ def exists(session: Session) -> bool:
     """Whether this database has a ledger. Raises `LedgerUnreadable` where it is another role's."""
     row = session.row(block("ledger", "present"))
     if row is not None and not row.readable:
-        give = f"GRANT {row.owner} TO {row.role}"
+        give = f"as {row.owner}, or as a superuser: GRANT {row.owner} TO {row.role}"
         if row.super:  # membership in a superuser is no right to hand out
-            tables = [
-                f"ALTER TABLE {table.name} OWNER TO revector_ledger"
-                for table in session.rows(block("ledger", "tables"))
-            ]
-            give = ";\n  ".join((
-                "CREATE ROLE revector_ledger", "ALTER SCHEMA revector OWNER TO revector_ledger", *tables,
+            owned = ["SCHEMA revector", *(f"TABLE {table.name}" for table in session.rows(block("ledger", "tables")))]
+            statements = [
+                *(["CREATE ROLE revector_ledger"] if row.unnamed else []),
+                *(f"ALTER {what} OWNER TO revector_ledger" for what in owned),
                 f"GRANT revector_ledger TO {row.role}",
-            ))  # fmt: skip
+            ]
+            give = "as a superuser:" + "".join(f"\n  {statement};" for statement in statements)
         raise LedgerUnreadable(
             f"role {row.role} may not read revector's ledger in this database: it belongs to role {row.owner}",
             why="All tables of a database share the ledger, schema revector. Nothing was changed.",
-            hint=f"as a superuser:\n  {give};" if row.super else f"as {row.owner}, or as a superuser: {give}",
+            hint=give,
         )
     return row is not None
 
@@ -608,7 +607,7 @@ class Ledger:
             table = shlex.quote(name)
             after = f"revector {NEXT[row.stage]} {table}" + (" --to MODEL" if row.stage.closed else "")
             if command == "rollback" and row.stage is Stage.FINALIZED and ("backup", row.plan.backup) in self.owned():
-                after = f"revector restore {table}\nwhich takes the vectors of {row.plan.old.model.model} from {row.plan.backup}"
+                after = f"revector restore {table}\n  (it takes the vectors of {row.plan.old.model.model} from {row.plan.backup})"
             raise Refused(
                 f"{name}: {command} is not possible at {row.stage}",
                 why=f"It is possible at {', '.join(TRANSITIONS[command])}. {live.model.model} answers. Nothing was changed.",

@@ -2,7 +2,7 @@
 -- The ledger, whose it is, and whether this role may read it; no row where there is none.
 -- lock: none
 SELECT c.relowner::regrole::text AS owner, quote_ident(current_user) AS role, has_table_privilege(c.oid, 'SELECT') AS readable,
-       (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner) AS super
+       (SELECT rolsuper FROM pg_roles WHERE oid = c.relowner) AS super, to_regrole('revector_ledger') IS NULL AS unnamed
   FROM pg_class c WHERE c.oid = to_regclass('revector.ledger');
 
 -- name: tables

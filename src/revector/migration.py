@@ -471,7 +471,7 @@ class Migration:
             check_price(
                 NO_TUNING if before is None or before.stage.closed else before.limits, tuning or {}, self.argument
             )
-            row = self._opened(request)
+            row = self._opened(request, tuning or {})
             if tuning:
                 row = self._tuned("tuned", row, tuning)
             if cutover:
@@ -704,8 +704,14 @@ class Migration:
     def _tuned(
         self, step: str, row: MigrationRow, changes: Mapping[str, float | None], batch_size: int | None = None
     ) -> MigrationRow:
-        models = [row.plan.old.model.model, row.plan.new.model.model]
         check_price(row.limits, changes, self.argument)
+        self._check_money(row.plan, changes)
+        self.ledger.tune(step, dict(changes), batch_size)
+        return self.latest() or row
+
+    def _check_money(self, plan: Plan, changes: Mapping[str, float | None]) -> None:
+        """Limits of a provider are refused where neither model has one."""
+        models = [plan.old.model.model, plan.new.model.model]
         given = [flag for field, flag in MONEY.items() if changes.get(field) is not None]
         if given and not any(model.startswith("openai:") for model in models):
             raise UsageError(
@@ -713,13 +719,11 @@ class Migration:
                 why="Their requests cost nothing and have no limits. Nothing was changed.",
                 hint=f"leave it out; to write more slowly: revector tune {self.argument} --max-rows-per-second N",
             )
-        self.ledger.tune(step, dict(changes), batch_size)
-        return self.latest() or row
 
     # -- the parts ----------------------------------------------------------------------------------------------------
 
-    def _opened(self, request: Request) -> MigrationRow:
-        """The open migration, checked against the options given, or a new one that no precondition refuses."""
+    def _opened(self, request: Request, tuning: Mapping[str, float | None]) -> MigrationRow:
+        """The open migration, checked against the options given, or a new one that nothing of it refuses."""
         row = self.latest()
         if row is not None and not row.stage.closed:
             _check_column(row, request, self.name)
@@ -737,6 +741,7 @@ class Migration:
         made = draft(request, facts)
         if made.blockers:
             raise blocked(self.name, made)
+        self._check_money(made.plan, tuning)
         self.observe(Note(f"{len(made.findings)} preconditions met"))
         self.observe(Effect("plan"))
         ledgers.ensure(self.control)
