@@ -1523,7 +1523,8 @@ class Migration:
             return (limit, "at least") if found > limit else (found, "exact")
         if check or row.stage.reached(Stage.INDEXED):
             return _NOT_ASKED
-        share, rows = self.ledger.unswept()
+        # Proven when every block has been seen; what was written since is not known before there is an index.
+        share, rows = (0.0, 0) if row.stage.reached(Stage.BACKFILLED) else self.ledger.unswept()
         if rows is None:
             rows, _ = self._rows(work.table, row.plan.inside, cheap=False)
         return round(share * rows), "about"

@@ -5,7 +5,7 @@ SELECT count(*) FROM {table} AS t WHERE ({inside}) AND (({text}) IS NULL OR btri
 
 -- name: weight
 -- Bytes of a table with its partitions: heap and what is stored out of line, not the indexes.
--- lock: none
+-- lock: ACCESS SHARE
 SELECT coalesce(sum(pg_table_size(oid)), 0)::bigint AS bytes
   FROM (SELECT %(table)s::oid AS oid UNION SELECT relid FROM pg_partition_tree(%(table)s::oid)) AS tree;
 

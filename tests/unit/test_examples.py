@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 FOLLOWER = Path(__file__).parents[2] / "examples/follower"
 UNIT = FOLLOWER / "revector-follow@.service"
 
 
 def service() -> dict[str, Any]:
-    yaml = pytest.importorskip("yaml")
     return dict(yaml.safe_load((FOLLOWER / "compose.yaml").read_text(encoding="utf-8"))["services"]["follower"])
 
 
