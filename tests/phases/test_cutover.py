@@ -986,15 +986,16 @@ def test_follower_between_name_and_query_survives_a_swap(
     knowledge_base(connection, 30)
     advance(dsn, "SERVED")
     connection.execute("UPDATE kb SET content = content || '.' WHERE id < 5")
-    original, swapped, main = backfill._parts, [], threading.current_thread()
+    original, begun, swapped, main = backfill._parts, [], threading.Event(), threading.current_thread()
 
     def parts(*arguments: Any) -> Any:
         found = original(*arguments)
         follows = once or threading.current_thread() is not main
-        if not swapped and follows and found["column"] == sql.Identifier("embedding_g2"):
-            swapped.append(True)
+        if not begun and follows and found["column"] == sql.Identifier("embedding_g2"):
+            begun.append(True)
             with steering(dsn) as migration:
                 migration.cutover(without_follower=True)
+            swapped.set()
         return found
 
     monkeypatch.setattr(backfill, "_parts", parts)
@@ -1002,7 +1003,7 @@ def test_follower_between_name_and_query_survives_a_swap(
         fill(dsn, connection)
     else:
         with following(dsn, connection):
-            until(lambda: swapped and one(connection, "SELECT count(embedding) = 30 FROM kb"))
+            until(lambda: swapped.is_set() and one(connection, "SELECT count(embedding) = 30 FROM kb"))
             connection.execute("UPDATE kb SET content = content || '!' WHERE id < 5")
             until(lambda: one(connection, "SELECT count(embedding) = 30 AND count(embedding_g1) = 30 FROM kb"))
     assert_exact(connection, "kb", "content", AFTER, at_least=30)
