@@ -230,6 +230,26 @@ def test_refresh_old_misses_no_row_that_moves_or_is_locked(dsn: str, connection:
     assert_exact(connection, "kb", "content", AFTER, at_least=300)
 
 
+def test_refresh_old_meets_rows_that_move_while_the_model_loads(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table is measured once the model answers: what is written meanwhile lies behind its old end."""
+    knowledge_base(connection, 300, filler=600)
+    connection.execute("UPDATE kb SET embedding = (SELECT embedding FROM kb WHERE id = 7) WHERE id > 280")
+    advance(dsn, "SERVED")
+    original = Embedder._make
+
+    def make(self: Embedder) -> Any:
+        if self.spec == OLD:
+            connection.execute("UPDATE kb SET note = 'moved'")
+        return original(self)
+
+    monkeypatch.setattr(Embedder, "_make", make)
+    with steering(dsn) as migration:
+        migration.cutover(without_follower=True, refresh_old=True)
+    assert_exact(connection, "kb", "content", AFTER, at_least=300)
+
+
 def test_refresh_old_gives_up_before_it_switches(
     dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

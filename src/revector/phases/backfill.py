@@ -1249,11 +1249,14 @@ def refresh(work: Work, generation: Generation, *, paced: bool = False) -> int:
     another place, which may have been read already, and a row that is locked cannot be written: both are looked at
     again, until one look finds them all where they were and right. Raises `Refused` when that takes too long.
     """
-    renewed, leaves = 0, work.leaves()
-    windows = [(leaf, lo) for leaf in leaves for lo in range(0, _blocks(work.control, leaf), _WINDOW_BLOCKS[0])]
+    renewed = 0
     with writer(work) as session, _watched(work, session, wanted=paced):
+        # In this order: a row may move behind the end that is measured only where it is looked for again, and a model
+        # takes its time to load.
         refresher = _Refresher(work, session, generation, paced=paced)
         since = _now(work)
+        leaves, step = work.leaves(), _WINDOW_BLOCKS[0]
+        windows = [(leaf, lo) for leaf in leaves for lo in range(0, _blocks(work.control, leaf), step)]
         for done, (leaf, lo) in enumerate(windows, 1):
             renewed += refresher.look(leaf, "read_vectors", lo=f"({lo},0)", hi=f"({lo + _WINDOW_BLOCKS[0]},0)")
             work.observe(Progress("refresh", done, len(windows), "windows"))
