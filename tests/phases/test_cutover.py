@@ -250,6 +250,52 @@ def test_refresh_old_meets_rows_that_move_while_the_model_loads(
     assert_exact(connection, "kb", "content", AFTER, at_least=300)
 
 
+def test_refresh_old_ends_while_rows_are_written_all_the_time(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that never rests is no reason to give up: what was right once stays right."""
+    monkeypatch.setattr(backfill, "_REFRESH_PATIENCE", 0.2)
+    knowledge_base(connection, 600)
+    connection.execute("UPDATE kb SET embedding = (SELECT embedding FROM kb WHERE id = 7) WHERE id > 580")
+    advance(dsn, "SERVED")
+    encode = Hashing.encode
+
+    def disturbed(self: Hashing, given: Sequence[str], prompt: str, kind: str) -> NDArray[np.float32]:
+        connection.execute("UPDATE kb SET note = 'moved' WHERE id < 580")
+        return encode(self, given, prompt, kind)
+
+    monkeypatch.setattr(Hashing, "encode", disturbed)
+    with steering(dsn) as migration:
+        migration.cutover(without_follower=True, refresh_old=True)
+    assert_exact(connection, "kb", "content", AFTER, at_least=600)
+
+
+def test_refresh_old_embeds_what_it_renewed_only_once(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own writes are no news; what an application writes over them is."""
+    knowledge_base(connection, 300, filler=600)
+    connection.execute("UPDATE kb SET embedding = (SELECT embedding FROM kb WHERE id = 7) WHERE id > 200")
+    advance(dsn, "SERVED")
+    texts: list[str] = []
+    encode = Hashing.encode
+
+    def counting(self: Hashing, given: Sequence[str], prompt: str, kind: str) -> NDArray[np.float32]:
+        texts.extend(text for text in given if self.dimension == 16 and text.startswith("row "))
+        return encode(self, given, prompt, kind)
+
+    def disturb(seen: Observation) -> None:
+        if isinstance(seen, Progress) and seen.phase == "refresh" and seen.done == 3:
+            connection.execute("UPDATE kb SET note = 'again' WHERE id < 4")
+
+    with steering(dsn, observe=disturb) as migration:
+        monkeypatch.setattr(Hashing, "encode", counting)
+        migration.cutover(without_follower=True, refresh_old=True)
+    # The four are met where they went, by the scan or after it, or by both.
+    assert 300 + 4 <= len(texts) <= 300 + 8
+    assert_exact(connection, "kb", "content", AFTER, at_least=300)
+
+
 def test_refresh_old_gives_up_before_it_switches(
     dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

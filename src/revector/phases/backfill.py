@@ -50,7 +50,7 @@ _NOTED_EVERY: Final = 2.0
 _FILL_LIMIT: Final = 256
 #: A walk holds so many places of pending rows in memory: each reading of the pending index sorts all that is in it.
 _PLACES: Final = 50_000
-#: Seconds after the first look at every row within which `refresh` must catch the last stale one.
+#: So many seconds `refresh` goes on looking for stale rows that it cannot write, with no fewer of them left.
 _REFRESH_PATIENCE: Final = 60.0
 #: A model that fails is asked again after so many seconds, and after twice as many each time, up to so many.
 _TRY_AGAIN: Final = (1.0, 60.0)
@@ -1244,12 +1244,11 @@ def catch_up(work: Work, numbers: Sequence[int], *, paced: bool = False, spared:
 def refresh(work: Work, generation: Generation, *, paced: bool = False) -> int:
     """Renew every vector of a generation that is not the model's of its row's text; returns how many were.
 
-    Only of a managed one, for the trigger lets no new one arise there. The throttle is asked where `paced`. The right
-    vector is written in the stale one's place, so a row is never without. A row that is updated meanwhile goes to
-    another place, which may have been read already, and a row that is locked cannot be written: both are looked at
-    again, until one look finds them all where they were and right. Raises `Refused` when that takes too long.
+    Only of a managed one, for the trigger lets no new one arise there: a row that was right once stays so. The throttle
+    is asked where `paced`. The right vector is written in the stale one's place, so a row is never without. A row that
+    is updated meanwhile goes to another place, which may have been read already, and one that is locked cannot be
+    written: both are looked at again, until no stale one is left. Raises `Refused` when that gets no further.
     """
-    renewed = 0
     with writer(work) as session, _watched(work, session, wanted=paced):
         # In this order: a row may move behind the end that is measured only where it is looked for again, and a model
         # takes its time to load.
@@ -1258,35 +1257,29 @@ def refresh(work: Work, generation: Generation, *, paced: bool = False) -> int:
         leaves, step = work.leaves(), _WINDOW_BLOCKS[0]
         windows = [(leaf, lo) for leaf in leaves for lo in range(0, _blocks(work.control, leaf), step)]
         for done, (leaf, lo) in enumerate(windows, 1):
-            renewed += refresher.look(leaf, "read_vectors", lo=f"({lo},0)", hi=f"({lo + _WINDOW_BLOCKS[0]},0)")
+            refresher.window(leaf, lo, lo + step)
             work.observe(Progress("refresh", done, len(windows), "windows"))
-        deadline = time.monotonic() + _REFRESH_PATIENCE
+        fewest, got_further = len(refresher.left), _unheld(work)
         for again in itertools.count(1):
-            locked, refresher.locked, refresher.stale = refresher.locked, {}, 0
-            began, asked, read = _now(work), 0, refresher.read
+            left, refresher.left = refresher.left, set()
+            began, renewed = _now(work), refresher.renewed
             for leaf in work.leaves():
-                try:
-                    tids = list(_moved(work, generation, leaf, since) | locked.get(leaf.oid, set()))
-                except Detached:
-                    continue
-                asked += len(tids)
-                for first in range(0, len(tids), _FILL_LIMIT):
-                    renewed += refresher.look(leaf, "reread_vectors", tids=tids[first : first + _FILL_LIMIT])
-            if not refresher.stale and refresher.read - read == asked:
-                break
-            if time.monotonic() > deadline:
-                rows = sum(map(len, refresher.locked.values()))
+                refresher.moved(leaf, since, [tid for relation, tid in left if relation == leaf.oid])
+            rows = len(refresher.left)
+            if not rows:
+                return refresher.renewed
+            if rows < fewest or refresher.renewed > renewed:
+                fewest, got_further = min(rows, fewest), _unheld(work)
+            elif _unheld(work) - got_further > _REFRESH_PATIENCE:
                 raise Refused(
-                    f"{work.plan.table}: {_stale_and_locked(rows)}"
-                    if rows
-                    else f"{work.plan.table}: rows change faster than their vectors can be compared",
+                    f"{work.plan.table}: {_stale_and_locked(rows)}",
                     why=f"Where {generation.model.model} answers, search would find them by texts that they no longer have."
                     " Nothing was switched.",
                     hint="when those transactions have ended, give the same command again",
                 )
             since = began
             time.sleep(min(0.05 * again, 1.0))
-    return renewed
+    raise AssertionError("unreachable")
 
 
 class _Refresher:
@@ -1295,26 +1288,50 @@ class _Refresher:
     def __init__(self, work: Work, session: Session, generation: Generation, *, paced: bool) -> None:
         self.work, self.session, self.generation, self.paced = work, session, generation, paced
         self._embedder = work.models[generation.number]()
-        #: Rows read so far.
-        self.read = 0
-        #: Stale rows found since this was last set to 0.
-        self.stale = 0
-        #: Leaf -> places of stale rows that could not be written.
-        self.locked: dict[int, set[str]] = {}
+        #: Rows renewed so far.
+        self.renewed = 0
+        #: (leaf, place) of stale rows that could not be written since this was last emptied.
+        self.left: set[tuple[int, str]] = set()
+        #: The transactions that renewed rows: what they wrote is right, and is not looked at again.
+        self._ours: set[str] = set()
 
-    def look(self, leaf: Leaf, statement: str, **where: object) -> int:
-        """Read some rows of a leaf and renew what is stale; returns the rows written."""
-        work, plan, generation = self.work, self.work.plan, self.generation
-        if self.paced:
-            work.throttle.hold(work.stop, partial(_tell_held, work))
-        work.check_stop()
+    def window(self, leaf: Leaf, lo: int, hi: int) -> None:
+        """Renew what is stale in blocks lo..hi."""
+        self._may_go()
+        parts, ends = _parts(self.work, self.generation), {"lo": f"({lo},0)", "hi": f"({hi},0)"}
+        with suppress(Detached):
+            found = _rows_of(self.work, self.work.control, leaf, "read_vectors", parts, **ends)
+            self._renew(leaf, [row for row in found if row.xid not in self._ours])
+
+    def moved(self, leaf: Leaf, since: str, places: Sequence[str]) -> None:
+        """Renew what is stale among the rows written since, and at these places.
+
+        The server keeps what one snapshot shows of them, so that a row which moves all the time is met all the same.
+        """
+        control, parts = self.work.control, _parts(self.work, self.generation)
         try:
-            found = _rows_of(work, work.control, leaf, statement, _parts(work, generation), **where)
+            _rows_of(self.work, control, leaf, "moved", parts, since=since, ours=list(self._ours), places=list(places))
         except Detached:
-            return 0
-        self.read += len(found)
+            return
+        try:
+            while found := control.rows(block("phases/backfill", "fetch_moved")):
+                self._may_go()
+                self._renew(leaf, found)
+        except Detached:
+            return
+        finally:
+            if not control.connection.closed:
+                control.execute(block("phases/backfill", "close_moved"))
+
+    def _may_go(self) -> None:
+        if self.paced:
+            self.work.throttle.hold(self.work.stop, partial(_tell_held, self.work))
+        self.work.check_stop()
+
+    def _renew(self, leaf: Leaf, found: Sequence[Any]) -> None:
+        work, plan, generation = self.work, self.work.plan, self.generation
         if not found:
-            return 0
+            return
         rows = Rows.of(found)
         fresh, _ = encode(work, generation, self._embedder, rows.texts)
         stored = np.array([row.vector for row in found], dtype=np.float32)
@@ -1322,32 +1339,30 @@ class _Refresher:
         cosines = (stored * fresh).sum(axis=1) / np.where(norms > 0, norms, 1)
         stale = np.flatnonzero(cosines < plan.verify_threshold)
         if not len(stale):
-            return 0
-        self.stale += len(stale)
+            return
         new = generation.number == plan.new.number
         stage_rows(self.session, plan, rows, stale, **{"new" if new else "old": fresh})
         parts = {"staged": sql.Identifier("b" if new else "a"), "text": raw(plan.text_sql)}
-        try:
-            with entered(work, self.session, leaf) as at:
-                column = at.columns[generation.number]
-                written = at.write(block("phases/backfill", "renew", table=at.table, column=column, **parts))
-        except Detached:
-            return 0
-        work.throttle.wrote(written)
-        if written < len(stale):
-            self.locked.setdefault(leaf.oid, set()).update(found[n].tid for n in stale.tolist())
-        return written
+        with entered(work, self.session, leaf) as at:
+            column = at.columns[generation.number]
+            written = at.ask(block("phases/backfill", "renew", table=at.table, column=column, **parts))
+        work.throttle.wrote(len(written))
+        self.renewed += len(written)
+        self._ours |= {row.xid for row in written}
+        places = {row.tid for row in written}
+        self.left |= {(leaf.oid, found[n].tid) for n in stale.tolist() if found[n].tid not in places}
+
+
+def _unheld(work: Work) -> float:
+    """Seconds by a clock that stands still while the throttle holds us back."""
+    return time.monotonic() - sum(work.throttle.waited.values())
 
 
 def _now(work: Work) -> str:
     return str(work.control.value(block("phases/backfill", "now")))
 
 
-def _moved(work: Work, generation: Generation, leaf: Leaf, since: str) -> set[str]:
-    return {row.tid for row in _rows_of(work, work.control, leaf, "moved", _parts(work, generation), since=since)}
-
-
 def _stale_and_locked(rows: int) -> str:
     if rows == 1:
-        return "1 stale vector belongs to a row that another session has locked"
-    return f"{rows:,} stale vectors belong to rows that other sessions have locked"
+        return "1 stale vector belongs to a row that another session has locked, or writes all the time"
+    return f"{rows:,} stale vectors belong to rows that other sessions have locked, or write all the time"
