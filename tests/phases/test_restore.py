@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -31,7 +33,7 @@ from fix_tables import (
 )
 from revector import Embedder, Migration, Request
 from revector.embed.hashing import Hashing
-from revector.errors import Interrupted, ModelUnavailable, Refused
+from revector.errors import Interrupted, ModelUnavailable, Outage, Refused
 from revector.work import Effect, Note, Observation, Progress, Recorded
 
 WITH_BACKUP = Request(from_=OLD, to=NEW, backup=True)
@@ -210,6 +212,43 @@ def test_refresh_from_the_start(dsn: str, connection: psycopg.Connection[Any]) -
         f"1 stale vectors of {OLD} renewed",
         f"0 stale vectors of {OLD} renewed",
     ]
+
+
+@pytest.mark.parametrize("stage", ["INDEXED", "VERIFIED"])
+def test_refresh_goes_on_with_the_command_that_a_failure_names(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """It is kept in the ledger until it is done: `run` goes on with it, and `cutover` does not go past it."""
+    finalized(dsn, connection, 120)
+    at = halting("index" if stage == "INDEXED" else "verify")
+    with suppress(Halt), steering(dsn, observe=at) as migration:
+        migration.restore()
+    assert stage_of(connection)[0] == stage
+    connection.execute("SET revector.writer = 'on'")
+    connection.execute("UPDATE kb SET embedding_g3 = (SELECT embedding_g3 FROM kb WHERE id = 4) WHERE id = 3")
+    connection.execute("RESET revector.writer")
+    encode = Hashing.encode
+
+    def away(self: Hashing, given: Sequence[str], prompt: str, kind: str) -> Any:
+        if self.dimension == 16 and any(text.startswith("row ") for text in given):
+            raise Outage("the model is away")
+        return encode(self, given, prompt, kind)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Hashing, "encode", away)
+        with steering(dsn) as migration, pytest.raises(Outage) as caught:
+            migration.restore(refresh=True)
+    assert caught.value.hint.endswith("the same command again: revector run kb")
+    with steering(dsn) as migration:
+        assert migration.status().next == "revector run kb"
+        if stage == "VERIFIED":
+            with pytest.raises(Refused, match="not all compared with their texts") as refused:
+                migration.cutover(without_follower=True)
+            assert refused.value.hint == "revector run kb"
+        assert str(migration.run().stage) == "VERIFIED"
+        assert_exact(connection, "kb", "content", BEFORE, at_least=120)
+        assert migration.status().next == "revector cutover kb"
+        migration.cutover(without_follower=True)
 
 
 @pytest.mark.parametrize("key", ["composite", "text", "uuid"])
