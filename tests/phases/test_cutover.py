@@ -296,6 +296,34 @@ def test_refresh_old_embeds_what_it_renewed_only_once(
     assert_exact(connection, "kb", "content", AFTER, at_least=300)
 
 
+def test_refresh_old_names_what_the_old_model_refuses(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can say whether such a vector is right. It answers at present: it stays, and is told or allowed."""
+    knowledge_base(connection, 60)
+    connection.execute("UPDATE kb SET content = 'forbidden', embedding = %s WHERE id = 3", (vector(OLD, "forbidden"),))
+    connection.execute("UPDATE kb SET embedding = (SELECT embedding FROM kb WHERE id = 7) WHERE id = 9")
+    advance(dsn, "SERVED")
+    encode = Hashing.encode
+
+    def picky(self: Hashing, given: Sequence[str], prompt: str, kind: str) -> NDArray[np.float32]:
+        if self.dimension == 16 and "forbidden" in given:
+            raise InputRefused("no such text, please", kind="refused")
+        return encode(self, given, prompt, kind)
+
+    monkeypatch.setattr(Hashing, "encode", picky)
+    told: list[str] = []
+    with steering(dsn, observe=lambda seen: told.append(seen.text) if isinstance(seen, Note) else None) as migration:
+        with pytest.raises(GateFailed, match=f"{OLD} refuses 1 texts, so their vectors cannot be compared") as caught:
+            migration.cutover(without_follower=True, refresh_old=True)
+        assert "revector cutover kb --refresh-old --allow-failed 1" in caught.value.hint
+        assert stage_of(connection) == ("SERVED", None)
+        migration.cutover(without_follower=True, refresh_old=True, allow_failed=1)
+    monkeypatch.undo()
+    assert any("their vectors stay as they are" in text for text in told)
+    assert_exact(connection, "kb", "content", AFTER, at_least=60)
+
+
 def test_refresh_old_gives_up_before_it_switches(
     dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ from fix_tables import (
 )
 from revector import Embedder, Migration, Request
 from revector.embed.hashing import Hashing
-from revector.errors import Interrupted, ModelUnavailable, Outage, Refused
+from revector.errors import GateFailed, InputRefused, Interrupted, ModelUnavailable, Outage, Refused
 from revector.work import Effect, Note, Observation, Progress, Recorded
 
 WITH_BACKUP = Request(from_=OLD, to=NEW, backup=True)
@@ -63,6 +63,18 @@ def counted(monkeypatch: pytest.MonkeyPatch, spec: str = OLD) -> list[str]:
 
     monkeypatch.setattr(Embedder, "_make", make)
     return texts
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old model refuses one text from now on."""
+    encode = Hashing.encode
+
+    def picky(self: Hashing, given: Sequence[str], prompt: str, kind: str) -> Any:
+        if self.dimension == 16 and "forbidden" in given:
+            raise InputRefused("no such text, please", kind="refused")
+        return encode(self, given, prompt, kind)
+
+    monkeypatch.setattr(Hashing, "encode", picky)
 
 
 def test_unchanged_rows_are_copied_and_the_rest_embedded(
@@ -249,6 +261,25 @@ def test_refresh_goes_on_with_the_command_that_a_failure_names(
         assert_exact(connection, "kb", "content", BEFORE, at_least=120)
         assert migration.status().next == "revector cutover kb"
         migration.cutover(without_follower=True)
+
+
+def test_refresh_counts_what_the_model_refuses(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copied vector of a text that the model refuses cannot be proven right: it is none, and the allowance counts it."""
+    knowledge_base(connection, 60)
+    connection.execute("UPDATE kb SET content = 'forbidden', embedding = %s WHERE id = 3", (vector(OLD, "forbidden"),))
+    advance(dsn, "CUT_OVER", WITH_BACKUP)
+    with steering(dsn) as migration:
+        migration.finalize()
+    refusing(monkeypatch)
+    with steering(dsn) as migration:
+        with pytest.raises(GateFailed, match="1 texts refused by the model, 0 allowed"):
+            migration.restore(refresh=True)
+        assert one(connection, "SELECT array_agg(id) FROM kb WHERE embedding_g3 IS NULL") == [3]
+        assert str(migration.restore(allow_failed=1).stage) == "VERIFIED"
+        with pytest.raises(GateFailed, match="refuses 1 texts"):
+            migration.cutover(without_follower=True)
 
 
 @pytest.mark.parametrize("key", ["composite", "text", "uuid"])

@@ -26,7 +26,7 @@ from psycopg import errors as pg
 from psycopg import sql
 
 from revector.db import Session, block, raw
-from revector.embed import Embedder
+from revector.embed import Embedder, Refusal
 from revector.errors import Closing, GateFailed, Interrupted, PauseBudgetMissed, Refused, RevectorError
 from revector.partitions import Detached, Leaf
 from revector.plan import Generation, Plan, cut_name, hot_share
@@ -1248,6 +1248,10 @@ def refresh(work: Work, generation: Generation, *, paced: bool = False) -> int:
     is asked where `paced`. The right vector is written in the stale one's place, so a row is never without. A row that
     is updated meanwhile goes to another place, which may have been read already, and one that is locked cannot be
     written: both are looked at again, until no stale one is left. Raises `Refused` when that gets no further.
+
+    A text that the model refuses cannot be compared. In the candidate its vector becomes NULL, as if it had been
+    refused at once. In the live column it stays, for it may be right, and the rows must not vanish from search: more
+    such texts than are allowed raise `GateFailed`, the others are told.
     """
     with writer(work) as session, _watched(work, session, wanted=paced):
         # In this order: a row may move behind the end that is measured only where it is looked for again, and a model
@@ -1267,7 +1271,7 @@ def refresh(work: Work, generation: Generation, *, paced: bool = False) -> int:
                 refresher.moved(leaf, since, [tid for relation, tid in left if relation == leaf.oid])
             rows = len(refresher.left)
             if not rows:
-                return refresher.renewed
+                break
             if rows < fewest or refresher.renewed > renewed:
                 fewest, got_further = min(rows, fewest), _unheld(work)
             elif _unheld(work) - got_further > _REFRESH_PATIENCE:
@@ -1279,7 +1283,22 @@ def refresh(work: Work, generation: Generation, *, paced: bool = False) -> int:
                 )
             since = began
             time.sleep(min(0.05 * again, 1.0))
-    raise AssertionError("unreachable")
+    _tell_not_compared(work, generation, list(refresher.kept.values()))
+    return refresher.renewed
+
+
+def _tell_not_compared(work: Work, generation: Generation, refused: Sequence[Refusal]) -> None:
+    if not refused:
+        return
+    told = f"{generation.model.model} refuses {len(refused)} texts"
+    if len(refused) > work.allow_failed:
+        raise GateFailed(
+            f"{told}, so their vectors cannot be compared; {work.allow_failed} are allowed",
+            why=f"The first: {refused[0].error}. All other vectors are their texts'. Nothing was switched.",
+            hint="correct those texts, or leave their vectors as they are:"
+            f" revector cutover {work.plan.argument} --refresh-old --allow-failed {len(refused)}",
+        )
+    work.note(f"{told}; their vectors stay as they are. The first: {refused[0].error}")
 
 
 class _Refresher:
@@ -1292,6 +1311,8 @@ class _Refresher:
         self.renewed = 0
         #: (leaf, place) of stale rows that could not be written since this was last emptied.
         self.left: set[tuple[int, str]] = set()
+        #: Hash of the text -> why the model refuses it, where its vector was left.
+        self.kept: dict[int, Refusal] = {}
         #: The transactions that renewed rows: what they wrote is right, and is not looked at again.
         self._ours: set[str] = set()
 
@@ -1333,9 +1354,11 @@ class _Refresher:
         if not found:
             return
         rows = Rows.of(found)
-        fresh, _ = encode(work, generation, self._embedder, rows.texts)
+        fresh, refusals = encode(work, generation, self._embedder, rows.texts)
+        self._refused(leaf, found, refusals)
         stored = np.array([row.vector for row in found], dtype=np.float32)
         norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(fresh, axis=1)
+        # Where the text was refused it is NaN, which is below no threshold.
         cosines = (stored * fresh).sum(axis=1) / np.where(norms > 0, norms, 1)
         stale = np.flatnonzero(cosines < plan.verify_threshold)
         if not len(stale):
@@ -1346,11 +1369,31 @@ class _Refresher:
         with entered(work, self.session, leaf) as at:
             column = at.columns[generation.number]
             written = at.ask(block("phases/backfill", "renew", table=at.table, column=column, **parts))
-        work.throttle.wrote(len(written))
         self.renewed += len(written)
+        self._wrote(leaf, [found[n].tid for n in stale.tolist()], written)
+
+    def _refused(self, leaf: Leaf, found: Sequence[Any], refusals: Mapping[int, Refusal]) -> None:
+        """Take the vector of refused texts from the candidate; remember those of the live column."""
+        if not refusals:
+            return
+        work, number = self.work, self.generation.number
+        if number != work.plan.new.number:
+            self.kept |= {found[n].hash: refusal for n, refusal in refusals.items() if refusal.kind != "blank"}
+            return
+        for n, refusal in refusals.items():
+            work.ledger.fail(number, found[n].hash, refusal.kind, refusal.error)
+        rows = [found[n] for n in refusals]
+        parts = {"text": raw(work.plan.text_sql)}
+        with entered(work, self.session, leaf) as at:
+            statement = block("phases/backfill", "clear_refused", table=at.table, column=at.columns[number], **parts)
+            written = at.ask(statement, tids=[row.tid for row in rows], hashes=[row.hash for row in rows])
+        self._wrote(leaf, [row.tid for row in rows], written)
+
+    def _wrote(self, leaf: Leaf, wanted: Sequence[str], written: Sequence[Any]) -> None:
+        self.work.throttle.wrote(len(written))
         self._ours |= {row.xid for row in written}
         places = {row.tid for row in written}
-        self.left |= {(leaf.oid, found[n].tid) for n in stale.tolist() if found[n].tid not in places}
+        self.left |= {(leaf.oid, tid) for tid in wanted if tid not in places}
 
 
 def _unheld(work: Work) -> float:

@@ -200,6 +200,15 @@ WITH locked AS MATERIALIZED (
 UPDATE ONLY {table} AS t SET {column} = l.vector FROM locked l WHERE t.ctid = l.tid
 RETURNING l.tid::text AS tid, t.xmin::text AS xid;
 
+-- name: clear_refused
+-- Take the vectors of texts that the model refuses, where the rows still have these texts; tells as `renew` does.
+-- lock: ROW EXCLUSIVE
+WITH locked AS MATERIALIZED (
+  SELECT t.ctid AS tid FROM unnest(%(tids)s::tid[], %(hashes)s::bigint[]) AS r (tid, hash) JOIN ONLY {table} AS t ON t.ctid = r.tid
+   WHERE hashtextextended(({text})::text COLLATE "C", 0) = r.hash FOR NO KEY UPDATE OF t SKIP LOCKED)
+UPDATE ONLY {table} AS t SET {column} = NULL FROM locked l WHERE t.ctid = l.tid
+RETURNING l.tid::text AS tid, t.xmin::text AS xid;
+
 -- name: stage_outside
 -- Stage a window's rows outside the filter whose one vector the candidate does not have yet.
 -- lock: ACCESS SHARE
