@@ -34,6 +34,7 @@ from fix_tables import (
 from revector import Embedder, Migration, Request
 from revector.embed.hashing import Hashing
 from revector.errors import GateFailed, InputRefused, Interrupted, ModelUnavailable, Outage, Refused
+from revector.throttle import Throttle, Tuning
 from revector.work import Effect, Note, Observation, Progress, Recorded
 
 WITH_BACKUP = Request(from_=OLD, to=NEW, backup=True)
@@ -280,6 +281,29 @@ def test_refresh_counts_what_the_model_refuses(
         assert str(migration.restore(allow_failed=1).stage) == "VERIFIED"
         with pytest.raises(GateFailed, match="refuses 1 texts"):
             migration.cutover(without_follower=True)
+
+
+def test_refresh_writes_as_few_rows_at_once_as_the_operator_allows(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finalized(dsn, connection, 120)
+    with steering(dsn) as migration:
+        migration.restore()
+        connection.execute("SET revector.writer = 'on'")
+        connection.execute("UPDATE kb SET embedding_g3 = (SELECT embedding_g3 FROM kb WHERE id = 4) WHERE id < 40")
+        connection.execute("RESET revector.writer")
+        sizes: list[int] = []
+        wrote = Throttle.wrote
+
+        def counting(self: Throttle, rows: int) -> None:
+            sizes.append(rows)
+            wrote(self, rows)
+
+        monkeypatch.setattr(Throttle, "wrote", counting)
+        migration.restore(refresh=True, tuning={"max_rows_per_second": 60})
+    most = Throttle(Tuning(max_rows_per_second=60)).most()
+    assert most is not None and sum(sizes) == 39 and max(sizes) <= most
+    assert_exact(connection, "kb", "content", BEFORE, at_least=120)
 
 
 @pytest.mark.parametrize("key", ["composite", "text", "uuid"])

@@ -1361,16 +1361,15 @@ class _Refresher:
         # Where the text was refused it is NaN, which is below no threshold.
         cosines = (stored * fresh).sum(axis=1) / np.where(norms > 0, norms, 1)
         stale = np.flatnonzero(cosines < plan.verify_threshold)
-        if not len(stale):
-            return
         new = generation.number == plan.new.number
-        stage_rows(self.session, plan, rows, stale, **{"new" if new else "old": fresh})
         parts = {"staged": sql.Identifier("b" if new else "a"), "text": raw(plan.text_sql)}
-        with entered(work, self.session, leaf) as at:
-            column = at.columns[generation.number]
-            written = at.ask(block("phases/backfill", "renew", table=at.table, column=column, **parts))
-        self.renewed += len(written)
-        self._wrote(leaf, [found[n].tid for n in stale.tolist()], written)
+        for some in self._slices(stale.tolist()):
+            stage_rows(self.session, plan, rows, np.array(some), **{"new" if new else "old": fresh})
+            with entered(work, self.session, leaf) as at:
+                column = at.columns[generation.number]
+                written = at.ask(block("phases/backfill", "renew", table=at.table, column=column, **parts))
+            self.renewed += len(written)
+            self._wrote(leaf, [found[n].tid for n in some], written)
 
     def _refused(self, leaf: Leaf, found: Sequence[Any], refusals: Mapping[int, Refusal]) -> None:
         """Take the vector of refused texts from the candidate; remember those of the live column."""
@@ -1382,12 +1381,23 @@ class _Refresher:
             return
         for n, refusal in refusals.items():
             work.ledger.fail(number, found[n].hash, refusal.kind, refusal.error)
-        rows = [found[n] for n in refusals]
         parts = {"text": raw(work.plan.text_sql)}
-        with entered(work, self.session, leaf) as at:
-            statement = block("phases/backfill", "clear_refused", table=at.table, column=at.columns[number], **parts)
-            written = at.ask(statement, tids=[row.tid for row in rows], hashes=[row.hash for row in rows])
-        self._wrote(leaf, [row.tid for row in rows], written)
+        for some in self._slices(list(refusals)):
+            tids, hashes = [found[n].tid for n in some], [found[n].hash for n in some]
+            with entered(work, self.session, leaf) as at:
+                statement = block(
+                    "phases/backfill", "clear_refused", table=at.table, column=at.columns[number], **parts
+                )
+                written = at.ask(statement, tids=tids, hashes=hashes)
+            self._wrote(leaf, tids, written)
+
+    def _slices(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
+        """As many rows at once as the throttle allows by then."""
+        while rows:
+            self._may_go()
+            most = (self.work.throttle.most() if self.paced else None) or len(rows)
+            yield rows[:most]
+            rows = rows[most:]
 
     def _wrote(self, leaf: Leaf, wanted: Sequence[str], written: Sequence[Any]) -> None:
         self.work.throttle.wrote(len(written))
