@@ -763,8 +763,8 @@ class Migration:
             ("backup", Stage.EXPANDED, lambda: self._backup(work)),
             ("expand", Stage.EXPANDED, lambda: expand.run(work)),
             ("backfill", Stage.BACKFILLED, lambda: self._backfill(work)),
-            ("index", Stage.INDEXED, lambda: index.run(work)),
-            ("verify", Stage.VERIFIED, lambda: self._verify(work, refresh=row.refreshing)),
+            ("index", Stage.INDEXED, lambda: self._index(work, refresh=row.refreshing)),
+            ("verify", Stage.VERIFIED, lambda: self._verify(work)),
         ]
         for number, (name, proven, phase) in enumerate(steps, 2):
             # At INDEXED the index is looked at again: a lost or INVALID one is what a failed verify asks to repair.
@@ -795,12 +795,16 @@ class Migration:
             if not self.control.connection.closed:
                 self.control.unlock("windows", self.oid, shared=True)
 
-    def _verify(self, work: Work, *, refresh: bool) -> Outcome:
+    def _index(self, work: Work, *, refresh: bool) -> Outcome:
+        """Build the index; what is stale is renewed first, so that a new index does not grow by it."""
+        if refresh:
+            self._refresh_candidate(work)
+        return index.run(work)
+
+    def _verify(self, work: Work) -> Outcome:
         trigger.check(self.control, work.plan)
         with work.step("verify.catch_up") as told:
             told["left"] = dict(work.catch_up([work.plan.new.number]))
-        if refresh:
-            self._refresh_candidate(work)
         return verify.run(work)
 
     def _refresh_candidate(self, work: Work) -> None:
