@@ -808,12 +808,8 @@ class Migration:
         return verify.run(work)
 
     def _refresh_candidate(self, work: Work) -> None:
-        self._refresh(work, work.plan.new, paced=True)
+        self.observe(Note(backfill.refresh(work, work.plan.new, "restore.refresh", paced=True).summary))
         self.ledger.remember(refresh=False)
-
-    def _refresh(self, work: Work, generation: Generation, *, paced: bool = False) -> None:
-        renewed = backfill.refresh(work, generation, paced=paced)
-        self.observe(Note(f"{renewed:,} stale vectors of {generation.model.model} renewed"))
 
     def _swap(
         self,
@@ -861,7 +857,7 @@ class Migration:
                     self.observe(Note(serve.run(work).summary))
                 both = [row.plan.old.number, row.plan.new.number]
                 if refresh_old and not back:
-                    self._refresh(work, row.plan.old)
+                    self.observe(Note(backfill.refresh(work, row.plan.old, "cutover.refresh").summary))
                 if not when.now:
                     self._wait(work, both, when)
                     check()

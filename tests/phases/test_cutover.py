@@ -209,6 +209,8 @@ def test_refresh_old_renews_stale_live_vectors(dsn: str, connection: psycopg.Con
     with steering(dsn, observe=lambda seen: told.append(seen.text) if isinstance(seen, Note) else None) as migration:
         migration.cutover(without_follower=True, refresh_old=True)
     assert any(text.startswith("15 stale vectors") for text in told)
+    figures = one(connection, "SELECT figures FROM revector.events WHERE step = 'cutover.refresh'")
+    assert figures == {"model": OLD, "rows": 60, "renewed": 15, "refused": 0}
     assert_exact(connection, "kb", "content", AFTER, at_least=60)
 
 

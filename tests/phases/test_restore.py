@@ -230,6 +230,10 @@ def test_refresh_from_the_start(dsn: str, connection: psycopg.Connection[Any]) -
         migration.restore(refresh=True)
     # Before the index is built: it does not grow by what is renewed.
     assert told == [f"1 stale vectors of {OLD} renewed", "index", f"0 stale vectors of {OLD} renewed"]
+    events = connection.execute("SELECT figures FROM revector.events WHERE step = 'restore.refresh' ORDER BY id")
+    assert [figures for (figures,) in events] == [
+        {"model": OLD, "rows": 120, "renewed": renewed, "refused": 0} for renewed in (1, 0)
+    ]
 
 
 @pytest.mark.parametrize("stage", ["INDEXED", "VERIFIED"])

@@ -1241,8 +1241,8 @@ def catch_up(work: Work, numbers: Sequence[int], *, paced: bool = False, spared:
         return left
 
 
-def refresh(work: Work, generation: Generation, *, paced: bool = False) -> int:
-    """Renew every vector of a generation that is not the model's of its row's text; returns how many were.
+def refresh(work: Work, generation: Generation, step: str, *, paced: bool = False) -> Outcome:
+    """Renew every vector of a generation that is not the model's of its row's text.
 
     Only of a managed one, for the trigger lets no new one arise there: a row that was right once stays so. The throttle
     is asked where `paced`. The right vector is written in the stale one's place, so a row is never without. A row that
@@ -1253,15 +1253,21 @@ def refresh(work: Work, generation: Generation, *, paced: bool = False) -> int:
     refused at once. In the live column it stays, for it may be right, and the rows must not vanish from search: more
     such texts than are allowed raise `GateFailed`, the others are told.
     """
+    with work.step(step) as told:
+        told |= _refreshed(work, generation, paced=paced)
+    return Outcome(f"{told['renewed']:,} stale vectors of {generation.model.model} renewed", told)
+
+
+def _refreshed(work: Work, generation: Generation, *, paced: bool) -> dict[str, Any]:
     with writer(work) as session, _watched(work, session, wanted=paced):
         # In this order: a row may move behind the end that is measured only where it is looked for again, and a model
         # takes its time to load.
         refresher = _Refresher(work, session, generation, paced=paced)
         since = _now(work)
-        leaves, step = work.leaves(), _WINDOW_BLOCKS[0]
-        windows = [(leaf, lo) for leaf in leaves for lo in range(0, _blocks(work.control, leaf), step)]
+        leaves, size = work.leaves(), _WINDOW_BLOCKS[0]
+        windows = [(leaf, lo) for leaf in leaves for lo in range(0, _blocks(work.control, leaf), size)]
         for done, (leaf, lo) in enumerate(windows, 1):
-            refresher.window(leaf, lo, lo + step)
+            refresher.window(leaf, lo, lo + size)
             work.observe(Progress("refresh", done, len(windows), "windows"))
         fewest, got_further = len(refresher.left), _unheld(work)
         for again in itertools.count(1):
@@ -1283,11 +1289,12 @@ def refresh(work: Work, generation: Generation, *, paced: bool = False) -> int:
                 )
             since = began
             time.sleep(min(0.05 * again, 1.0))
-    _tell_not_compared(work, generation, list(refresher.kept.values()))
-    return refresher.renewed
+    _tell_kept(work, generation, list(refresher.kept.values()))
+    figures = {"rows": refresher.read, "renewed": refresher.renewed, "refused": len(refresher.refused)}
+    return {"model": generation.model.model, **figures}
 
 
-def _tell_not_compared(work: Work, generation: Generation, refused: Sequence[Refusal]) -> None:
+def _tell_kept(work: Work, generation: Generation, refused: Sequence[Refusal]) -> None:
     if not refused:
         return
     told = f"{generation.model.model} refuses {len(refused)} texts"
@@ -1307,8 +1314,10 @@ class _Refresher:
     def __init__(self, work: Work, session: Session, generation: Generation, *, paced: bool) -> None:
         self.work, self.session, self.generation, self.paced = work, session, generation, paced
         self._embedder = work.models[generation.number]()
-        #: Rows renewed so far.
-        self.renewed = 0
+        #: Rows compared and renewed so far.
+        self.read = self.renewed = 0
+        #: Hashes of the texts that the model refuses.
+        self.refused: set[int] = set()
         #: (leaf, place) of stale rows that could not be written since this was last emptied.
         self.left: set[tuple[int, str]] = set()
         #: Hash of the text -> why the model refuses it, where its vector was left.
@@ -1353,6 +1362,7 @@ class _Refresher:
         work, plan, generation = self.work, self.work.plan, self.generation
         if not found:
             return
+        self.read += len(found)
         rows = Rows.of(found)
         fresh, refusals = encode(work, generation, self._embedder, rows.texts)
         self._refused(leaf, found, refusals)
@@ -1376,6 +1386,7 @@ class _Refresher:
         if not refusals:
             return
         work, number = self.work, self.generation.number
+        self.refused |= {found[n].hash for n in refusals}
         if number != work.plan.new.number:
             self.kept |= {found[n].hash: refusal for n, refusal in refusals.items() if refusal.kind != "blank"}
             return
