@@ -326,6 +326,22 @@ def test_refresh_old_names_what_the_old_model_refuses(
     assert_exact(connection, "kb", "content", AFTER, at_least=60)
 
 
+def test_refresh_old_misses_no_row_of_a_table_that_is_rewritten(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """VACUUM FULL takes rows to where the scan has been, and they look as old as they were."""
+    knowledge_base(connection, 400, filler=600)
+    connection.execute("UPDATE kb SET embedding = (SELECT embedding FROM kb WHERE id = 7) WHERE id > 340")
+    advance(dsn, "SERVED")
+    connection.execute("DELETE FROM kb WHERE id BETWEEN 100 AND 250")
+
+    def rewrite(seen: Observation) -> None:
+        if isinstance(seen, Progress) and seen.phase == "refresh" and seen.done == 4 < seen.total:
+            connection.execute("VACUUM FULL kb")
+
+    with steering(dsn, observe=rewrite) as migration:
+        migration.cutover(without_follower=True, refresh_old=True)
+    assert_exact(connection, "kb", "content", AFTER, at_least=249)
+
+
 def test_refresh_old_gives_up_before_it_switches(
     dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

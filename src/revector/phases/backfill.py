@@ -1247,7 +1247,8 @@ def refresh(work: Work, generation: Generation, step: str, *, paced: bool = Fals
     Only of a managed one, for the trigger lets no new one arise there: a row that was right once stays so. The throttle
     is asked where `paced`. The right vector is written in the stale one's place, so a row is never without. A row that
     is updated meanwhile goes to another place, which may have been read already, and one that is locked cannot be
-    written: both are looked at again, until no stale one is left. Raises `Refused` when that gets no further.
+    written: both are looked at again, until no stale one is left; so is all of a leaf that is new, or was rewritten.
+    Raises `Refused` when that gets no further.
 
     A text that the model refuses cannot be compared. In the candidate its vector becomes NULL, as if it had been
     refused at once. In the live column it stays, for it may be right, and the rows must not vanish from search: more
@@ -1260,26 +1261,25 @@ def refresh(work: Work, generation: Generation, step: str, *, paced: bool = Fals
 
 def _refreshed(work: Work, generation: Generation, *, paced: bool) -> dict[str, Any]:
     with writer(work) as session, _watched(work, session, wanted=paced):
-        # In this order: a row may move behind the end that is measured only where it is looked for again, and a model
-        # takes its time to load.
         refresher = _Refresher(work, session, generation, paced=paced)
-        since = _now(work)
-        leaves, size = work.leaves(), _WINDOW_BLOCKS[0]
-        windows = [(leaf, lo) for leaf in leaves for lo in range(0, _blocks(work.control, leaf), size)]
-        for done, (leaf, lo) in enumerate(windows, 1):
-            refresher.window(leaf, lo, lo + size)
-            work.observe(Progress("refresh", done, len(windows), "windows"))
-        fewest, got_further = len(refresher.left), _unheld(work)
-        for again in itertools.count(1):
+        since = ""
+        #: Leaf -> the file that all of its windows were read in: a rewrite takes rows elsewhere, as old as they were.
+        walked: dict[int, int] = {}
+        fewest, got_further = 0, _unheld(work)
+        for again in itertools.count():
             left, refresher.left = refresher.left, set()
-            began, renewed = _now(work), refresher.renewed
-            for leaf in work.leaves():
-                refresher.moved(leaf, since, [tid for relation, tid in left if relation == leaf.oid])
+            # Before the leaves are measured, and with the model loaded: what moves behind an end is looked for again.
+            began, renewed, files = _now(work), refresher.renewed, _files(work)
+            refresher.walk([leaf for leaf, file in files.items() if walked.get(leaf.oid) != file])
+            for leaf, file in files.items():
+                if walked.get(leaf.oid) == file:
+                    refresher.moved(leaf, since, [tid for relation, tid in left if relation == leaf.oid])
+            before, walked = walked, {leaf.oid: file for leaf, file in files.items()}
             rows = len(refresher.left)
-            if not rows:
+            if not rows and all(before.get(leaf.oid) == file for leaf, file in _files(work).items()):
                 break
-            if rows < fewest or refresher.renewed > renewed:
-                fewest, got_further = min(rows, fewest), _unheld(work)
+            if rows < fewest or refresher.renewed > renewed or before != walked:
+                fewest, got_further = rows, _unheld(work)
             elif _unheld(work) - got_further > _REFRESH_PATIENCE:
                 raise Refused(
                     f"{work.plan.table}: {_stale_and_locked(rows)}",
@@ -1325,8 +1325,15 @@ class _Refresher:
         #: The transactions that renewed rows: what they wrote is right, and is not looked at again.
         self._ours: set[str] = set()
 
-    def window(self, leaf: Leaf, lo: int, hi: int) -> None:
-        """Renew what is stale in blocks lo..hi."""
+    def walk(self, leaves: Sequence[Leaf]) -> None:
+        """Renew what is stale in all of these leaves."""
+        size = _WINDOW_BLOCKS[0]
+        windows = [(leaf, lo) for leaf in leaves for lo in range(0, _blocks(self.work.control, leaf), size)]
+        for done, (leaf, lo) in enumerate(windows, 1):
+            self._window(leaf, lo, lo + size)
+            self.work.observe(Progress("refresh", done, len(windows), "windows"))
+
+    def _window(self, leaf: Leaf, lo: int, hi: int) -> None:
         self._may_go()
         parts, ends = _parts(self.work, self.generation), {"lo": f"({lo},0)", "hi": f"({hi},0)"}
         with suppress(Detached):
@@ -1415,6 +1422,14 @@ class _Refresher:
         self._ours |= {row.xid for row in written}
         places = {row.tid for row in written}
         self.left |= {(leaf.oid, tid) for tid in wanted if tid not in places}
+
+
+def _files(work: Work) -> dict[Leaf, int]:
+    """The leaves, each with the file that its rows are in now."""
+    leaves = work.leaves()
+    rows = work.control.rows(block("phases/backfill", "files"), leaves=[leaf.oid for leaf in leaves])
+    files = {row.oid: row.file for row in rows}
+    return {leaf: files.get(leaf.oid, 0) for leaf in leaves}
 
 
 def _unheld(work: Work) -> float:

@@ -166,6 +166,11 @@ SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::t
   FROM ONLY {table} AS t
  WHERE t.ctid >= %(lo)s::tid AND t.ctid < %(hi)s::tid AND t.{column} IS NOT NULL AND ({text}) IS NOT NULL;
 
+-- name: files
+-- The files that leaves are in: VACUUM FULL and the like write a new one.
+-- lock: none
+SELECT oid, pg_relation_filenode(oid)::bigint AS file FROM pg_class WHERE oid = ANY (%(leaves)s::oid[]);
+
 -- name: now
 -- Every transaction from this one on may still write.
 -- lock: none
