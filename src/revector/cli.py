@@ -1395,7 +1395,6 @@ def _stay(migration: Migration, terminal: Terminal, table: str) -> None:
 def _check_followable(migration: Migration) -> None:
     """Refuse to follow what has nothing to follow, naming the command that comes first."""
     from revector.follow import managed
-    from revector.ledger import NEXT
 
     row, table = migration.latest(), shlex.quote(migration.name)
     if row is None or not managed(row):
@@ -1404,7 +1403,7 @@ def _check_followable(migration: Migration) -> None:
             if row is None or row.stage.closed
             else f"the migration is at {row.closing or row.stage}"
         )
-        verb = "plan" if row is None else row.closing or NEXT[row.stage]
+        verb = "plan" if row is None else row.next
         raise Refused(
             f"{migration.name}: {state}, so there is nothing to follow",
             why="A follower fills the vectors of an open migration, from EXPANDED on. Nothing was changed.",
@@ -1423,7 +1422,6 @@ def _plan(
     rehearsed: bool = False,
     idle: Sequence[str] = (),
 ) -> None:
-    from revector.ledger import NEXT
     from revector.migration import Migration
 
     with (
@@ -1436,7 +1434,7 @@ def _plan(
         row = migration.latest()
         following = report.run_command(table, request)
         if row is not None and not row.stage.closed:
-            following = f"revector {row.closing or NEXT[row.stage]} {shlex.quote(table)}"
+            following = f"revector {row.next} {shlex.quote(table)}"
         given: dict[str, Any] = {
             "table": table,
             "following": following,

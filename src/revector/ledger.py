@@ -119,6 +119,16 @@ class MigrationRow:
     changed: datetime
 
     @property
+    def refreshing(self) -> bool:
+        """Whether the candidate's vectors are still to be compared with their texts, as `restore --refresh` asked."""
+        return bool(self.facts.get("refresh"))
+
+    @property
+    def next(self) -> str:
+        """The command that leads on."""
+        return self.closing or ("run" if self.refreshing and self.stage in TRANSITIONS["run"] else NEXT[self.stage])
+
+    @property
     def standing(self) -> str:
         """In one sentence: how far it is, and which model answers."""
         answering = self.plan.new if self.stage in (Stage.CUT_OVER, Stage.FINALIZED) else self.plan.old

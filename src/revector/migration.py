@@ -32,7 +32,7 @@ from revector.errors import (
     UsageError,
 )
 from revector.follow import Follower
-from revector.ledger import NEXT, Event, Ledger, LiveGeneration, MigrationRow, Stage, Vigil
+from revector.ledger import Event, Ledger, LiveGeneration, MigrationRow, Stage, Vigil
 from revector.moment import AT_ONCE, Moment, wait
 from revector.phases import backfill, backup, cutover, expand, expose, finalize, index, serve, verify
 from revector.phases.expose import Side as ViewSide
@@ -474,13 +474,17 @@ class Migration:
             row = self._opened(request, tuning or {})
             if tuning:
                 row = self._tuned("tuned", row, tuning)
+            if refresh:
+                # In the ledger until it is done, so that whatever command goes on goes on with it.
+                self.ledger.remember(refresh=True)
+                row = self.latest() or row
             if cutover:
                 # Checked first: nobody wants to learn after hours that the last step cannot be taken.
                 self._check_follower("run --cutover", follow=follow, without_follower=without_follower)
                 self._check_same_dimension(row, bare_writers_stopped, "cutover")
             work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending, limits=limits)
             work.catch_up = lambda numbers: backfill.catch_up(work, numbers, paced=True)
-            outcome = self._phases(row, work, cutover=cutover, refresh=refresh)
+            outcome = self._phases(row, work, cutover=cutover)
         if cutover:
             return self.cutover(
                 follow=follow,
@@ -573,7 +577,7 @@ class Migration:
                 raise Refused(
                     f"{self.name}: a migration {old} -> {row.plan.new.model.model} is open at {row.stage}",
                     why=f"The vectors of {old} are still in the table; a backup is not needed. Nothing was changed.",
-                    hint=self._command(row.closing or back or NEXT[row.stage]),
+                    hint=self._command(row.closing or back or row.next),
                 )
         return self.run(request, allow_failed=allow_failed, limits=limits, tuning=tuning, refresh=refresh)
 
@@ -750,22 +754,22 @@ class Migration:
         self.observe(Recorded("plan", {"fingerprint": row.fingerprint}))
         return row
 
-    def _phases(self, row: MigrationRow, work: Work, *, cutover: bool, refresh: bool) -> Outcome:
+    def _phases(self, row: MigrationRow, work: Work, *, cutover: bool) -> Outcome:
         stage, plan = row.stage, row.plan
         outcome = Outcome("already verified")
         if stage.reached(Stage.VERIFIED):
             if work.allow_failed and not cutover:
                 work.note(f"--allow-failed has no effect now: verified already; {self._command('cutover')} takes it")
             left = work.catch_up([plan.new.number])
-            if refresh:
-                self._refresh(work, plan.new, paced=True)
+            if row.refreshing:
+                self._refresh_candidate(work)
             return Outcome("already verified; caught up", {"pending": dict(left)})
         steps: list[tuple[str, Stage, Callable[[], Outcome]]] = [
             ("backup", Stage.EXPANDED, lambda: self._backup(work)),
             ("expand", Stage.EXPANDED, lambda: expand.run(work)),
             ("backfill", Stage.BACKFILLED, lambda: self._backfill(work)),
-            ("index", Stage.INDEXED, lambda: index.run(work)),
-            ("verify", Stage.VERIFIED, lambda: self._verify(work, refresh=refresh)),
+            ("index", Stage.INDEXED, lambda: self._index(work, refresh=row.refreshing)),
+            ("verify", Stage.VERIFIED, lambda: self._verify(work)),
         ]
         for number, (name, proven, phase) in enumerate(steps, 2):
             # At INDEXED the index is looked at again: a lost or INVALID one is what a failed verify asks to repair.
@@ -796,17 +800,21 @@ class Migration:
             if not self.control.connection.closed:
                 self.control.unlock("windows", self.oid, shared=True)
 
-    def _verify(self, work: Work, *, refresh: bool) -> Outcome:
+    def _index(self, work: Work, *, refresh: bool) -> Outcome:
+        """Build the index; what is stale is renewed first, so that a new index does not grow by it."""
+        if refresh:
+            self._refresh_candidate(work)
+        return index.run(work)
+
+    def _verify(self, work: Work) -> Outcome:
         trigger.check(self.control, work.plan)
         with work.step("verify.catch_up") as told:
             told["left"] = dict(work.catch_up([work.plan.new.number]))
-        if refresh:
-            self._refresh(work, work.plan.new, paced=True)
         return verify.run(work)
 
-    def _refresh(self, work: Work, generation: Generation, *, paced: bool = False) -> None:
-        renewed = backfill.refresh(work, generation, paced=paced)
-        self.observe(Note(f"{renewed:,} stale vectors of {generation.model.model} renewed"))
+    def _refresh_candidate(self, work: Work) -> None:
+        self.observe(Note(backfill.refresh(work, work.plan.new, "restore.refresh", paced=True).summary))
+        self.ledger.remember(refresh=False)
 
     def _swap(
         self,
@@ -825,6 +833,12 @@ class Migration:
         with self._explained(command):
             row = self.ledger.check_transition(command, self.latest(), self.name)
             self._check_same_dimension(row, bare_writers_stopped, command)
+            if row.refreshing and not back:
+                raise Refused(
+                    f"{self.name}: the vectors of {row.plan.new.model.model} are not all compared with their texts yet",
+                    why="`restore --refresh` was asked for, and has not come to its end. Nothing was changed.",
+                    hint=self._command(row.next),
+                )
             work = self._work(row, allow_failed=allow_failed, allow_pending=allow_pending, limits=limits)
 
             def check_refused() -> None:
@@ -848,7 +862,7 @@ class Migration:
                     self.observe(Note(serve.run(work).summary))
                 both = [row.plan.old.number, row.plan.new.number]
                 if refresh_old and not back:
-                    self._refresh(work, row.plan.old)
+                    self.observe(Note(backfill.refresh(work, row.plan.old, "cutover.refresh").summary))
                 if not when.now:
                     self._wait(work, both, when)
                     check()
@@ -1051,7 +1065,7 @@ class Migration:
             if number in models and view.view is not None
         )
         following = (
-            f"revector {row.closing or NEXT[row.stage]} {self.argument}"
+            f"revector {row.next} {self.argument}"
             if row is not None and opened
             else f"revector plan {self.argument} --to MODEL"
         )
@@ -1461,7 +1475,7 @@ class Migration:
             row = self.latest()
         assert row is not None
         answering = row.plan.new if row.stage in (Stage.CUT_OVER, Stage.FINALIZED) else row.plan.old
-        following = "" if row.stage.closed else f"revector {NEXT[row.stage]} {self.argument}"
+        following = "" if row.stage.closed else f"revector {row.next} {self.argument}"
         return Result(self.name, command, row.stage, answering.model.model, outcome.summary, following, outcome.figures)
 
     def _status(self, *, check: bool) -> Status:
@@ -1571,7 +1585,7 @@ class Migration:
             None,
             None,
             self.ledger.followers(),
-            f"revector {row.closing or NEXT[row.stage]} {self.argument}",
+            f"revector {row.next} {self.argument}",
             tuning=row.limits,
             vigil=vigil,
             spent=spent(self.control, row.id, row.limits),
@@ -1755,7 +1769,7 @@ def _check_column(row: MigrationRow, request: Request, name: str) -> None:
     plan = row.plan
     if request.vector in (None, plan.column):
         return
-    following = row.closing or NEXT[row.stage]
+    following = row.next
     raise Refused(
         f"{name}: a migration {plan.old.model.model} -> {plan.new.model.model} of {plan.column} is open;"
         f" {request.vector} comes after it",

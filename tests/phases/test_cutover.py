@@ -209,6 +209,8 @@ def test_refresh_old_renews_stale_live_vectors(dsn: str, connection: psycopg.Con
     with steering(dsn, observe=lambda seen: told.append(seen.text) if isinstance(seen, Note) else None) as migration:
         migration.cutover(without_follower=True, refresh_old=True)
     assert any(text.startswith("15 stale vectors") for text in told)
+    figures = one(connection, "SELECT figures FROM revector.events WHERE step = 'cutover.refresh'")
+    assert figures == {"model": OLD, "rows": 60, "renewed": 15, "refused": 0}
     assert_exact(connection, "kb", "content", AFTER, at_least=60)
 
 
@@ -228,6 +230,116 @@ def test_refresh_old_misses_no_row_that_moves_or_is_locked(dsn: str, connection:
         with steering(dsn, observe=disturb) as migration:
             migration.cutover(without_follower=True, refresh_old=True)
     assert_exact(connection, "kb", "content", AFTER, at_least=300)
+
+
+def test_refresh_old_meets_rows_that_move_while_the_model_loads(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table is measured once the model answers: what is written meanwhile lies behind its old end."""
+    knowledge_base(connection, 300, filler=600)
+    connection.execute("UPDATE kb SET embedding = (SELECT embedding FROM kb WHERE id = 7) WHERE id > 280")
+    advance(dsn, "SERVED")
+    original = Embedder._make
+
+    def make(self: Embedder) -> Any:
+        if self.spec == OLD:
+            connection.execute("UPDATE kb SET note = 'moved'")
+        return original(self)
+
+    monkeypatch.setattr(Embedder, "_make", make)
+    with steering(dsn) as migration:
+        migration.cutover(without_follower=True, refresh_old=True)
+    assert_exact(connection, "kb", "content", AFTER, at_least=300)
+
+
+def test_refresh_old_ends_while_rows_are_written_all_the_time(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that never rests is no reason to give up: what was right once stays right."""
+    monkeypatch.setattr(backfill, "_REFRESH_PATIENCE", 0.2)
+    knowledge_base(connection, 600)
+    connection.execute("UPDATE kb SET embedding = (SELECT embedding FROM kb WHERE id = 7) WHERE id > 580")
+    advance(dsn, "SERVED")
+    encode = Hashing.encode
+
+    def disturbed(self: Hashing, given: Sequence[str], prompt: str, kind: str) -> NDArray[np.float32]:
+        connection.execute("UPDATE kb SET note = 'moved' WHERE id < 580")
+        return encode(self, given, prompt, kind)
+
+    monkeypatch.setattr(Hashing, "encode", disturbed)
+    with steering(dsn) as migration:
+        migration.cutover(without_follower=True, refresh_old=True)
+    assert_exact(connection, "kb", "content", AFTER, at_least=600)
+
+
+def test_refresh_old_embeds_what_it_renewed_only_once(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own writes are no news; what an application writes over them is."""
+    knowledge_base(connection, 300, filler=600)
+    connection.execute("UPDATE kb SET embedding = (SELECT embedding FROM kb WHERE id = 7) WHERE id > 200")
+    advance(dsn, "SERVED")
+    texts: list[str] = []
+    encode = Hashing.encode
+
+    def counting(self: Hashing, given: Sequence[str], prompt: str, kind: str) -> NDArray[np.float32]:
+        texts.extend(text for text in given if self.dimension == 16 and text.startswith("row "))
+        return encode(self, given, prompt, kind)
+
+    def disturb(seen: Observation) -> None:
+        if isinstance(seen, Progress) and seen.phase == "refresh" and seen.done == 3:
+            connection.execute("UPDATE kb SET note = 'again' WHERE id < 4")
+
+    with steering(dsn, observe=disturb) as migration:
+        monkeypatch.setattr(Hashing, "encode", counting)
+        migration.cutover(without_follower=True, refresh_old=True)
+    # The four are met where they went, by the scan or after it, or by both.
+    assert 300 + 4 <= len(texts) <= 300 + 8
+    assert_exact(connection, "kb", "content", AFTER, at_least=300)
+
+
+def test_refresh_old_names_what_the_old_model_refuses(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can say whether such a vector is right. It answers at present: it stays, and is told or allowed."""
+    knowledge_base(connection, 60)
+    connection.execute("UPDATE kb SET content = 'forbidden', embedding = %s WHERE id = 3", (vector(OLD, "forbidden"),))
+    connection.execute("UPDATE kb SET embedding = (SELECT embedding FROM kb WHERE id = 7) WHERE id = 9")
+    advance(dsn, "SERVED")
+    encode = Hashing.encode
+
+    def picky(self: Hashing, given: Sequence[str], prompt: str, kind: str) -> NDArray[np.float32]:
+        if self.dimension == 16 and "forbidden" in given:
+            raise InputRefused("no such text, please", kind="refused")
+        return encode(self, given, prompt, kind)
+
+    monkeypatch.setattr(Hashing, "encode", picky)
+    told: list[str] = []
+    with steering(dsn, observe=lambda seen: told.append(seen.text) if isinstance(seen, Note) else None) as migration:
+        with pytest.raises(GateFailed, match=f"{OLD} refuses 1 texts, so their vectors cannot be compared") as caught:
+            migration.cutover(without_follower=True, refresh_old=True)
+        assert "revector cutover kb --refresh-old --allow-failed 1" in caught.value.hint
+        assert stage_of(connection) == ("SERVED", None)
+        migration.cutover(without_follower=True, refresh_old=True, allow_failed=1)
+    monkeypatch.undo()
+    assert any("their vectors stay as they are" in text for text in told)
+    assert_exact(connection, "kb", "content", AFTER, at_least=60)
+
+
+def test_refresh_old_misses_no_row_of_a_table_that_is_rewritten(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """VACUUM FULL takes rows to where the scan has been, and they look as old as they were."""
+    knowledge_base(connection, 400, filler=600)
+    connection.execute("UPDATE kb SET embedding = (SELECT embedding FROM kb WHERE id = 7) WHERE id > 340")
+    advance(dsn, "SERVED")
+    connection.execute("DELETE FROM kb WHERE id BETWEEN 100 AND 250")
+
+    def rewrite(seen: Observation) -> None:
+        if isinstance(seen, Progress) and seen.phase == "refresh" and seen.done == 4 < seen.total:
+            connection.execute("VACUUM FULL kb")
+
+    with steering(dsn, observe=rewrite) as migration:
+        migration.cutover(without_follower=True, refresh_old=True)
+    assert_exact(connection, "kb", "content", AFTER, at_least=249)
 
 
 def test_refresh_old_gives_up_before_it_switches(

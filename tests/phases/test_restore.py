@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -31,7 +33,8 @@ from fix_tables import (
 )
 from revector import Embedder, Migration, Request
 from revector.embed.hashing import Hashing
-from revector.errors import Interrupted, ModelUnavailable, Refused
+from revector.errors import GateFailed, InputRefused, Interrupted, ModelUnavailable, Outage, Refused
+from revector.throttle import Throttle, Tuning
 from revector.work import Effect, Note, Observation, Progress, Recorded
 
 WITH_BACKUP = Request(from_=OLD, to=NEW, backup=True)
@@ -61,6 +64,18 @@ def counted(monkeypatch: pytest.MonkeyPatch, spec: str = OLD) -> list[str]:
 
     monkeypatch.setattr(Embedder, "_make", make)
     return texts
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old model refuses one text from now on."""
+    encode = Hashing.encode
+
+    def picky(self: Hashing, given: Sequence[str], prompt: str, kind: str) -> Any:
+        if self.dimension == 16 and "forbidden" in given:
+            raise InputRefused("no such text, please", kind="refused")
+        return encode(self, given, prompt, kind)
+
+    monkeypatch.setattr(Hashing, "encode", picky)
 
 
 def test_unchanged_rows_are_copied_and_the_rest_embedded(
@@ -203,14 +218,102 @@ def test_refresh_from_the_start(dsn: str, connection: psycopg.Connection[Any]) -
         "UPDATE kb_backup_16 AS b SET embedding = (SELECT embedding FROM kb_backup_16 WHERE id = 4) WHERE b.id = 3"
     )
     told: list[str] = []
-    with steering(dsn, observe=lambda s: told.append(s.text) if isinstance(s, Note) else None) as migration:
+
+    def observe(seen: Observation) -> None:
+        if isinstance(seen, Note) and "stale" in seen.text:
+            told.append(seen.text)
+        elif isinstance(seen, Recorded) and seen.step == "index.build":
+            told.append("index")
+
+    with steering(dsn, observe=observe) as migration:
         migration.restore(refresh=True)
         assert_exact(connection, "kb", "content", BEFORE, at_least=120)
         migration.restore(refresh=True)
-    assert [text for text in told if "stale" in text] == [
-        f"1 stale vectors of {OLD} renewed",
-        f"0 stale vectors of {OLD} renewed",
+    # Before the index is built: it does not grow by what is renewed.
+    assert told == [f"1 stale vectors of {OLD} renewed", "index", f"0 stale vectors of {OLD} renewed"]
+    events = connection.execute("SELECT figures FROM revector.events WHERE step = 'restore.refresh' ORDER BY id")
+    assert [figures for (figures,) in events] == [
+        {"model": OLD, "rows": 120, "renewed": renewed, "refused": 0} for renewed in (1, 0)
     ]
+
+
+@pytest.mark.parametrize("stage", ["INDEXED", "VERIFIED"])
+def test_refresh_goes_on_with_the_command_that_a_failure_names(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """It is kept in the ledger until it is done: `run` goes on with it, and `cutover` does not go past it."""
+    finalized(dsn, connection, 120)
+    at = halting("index" if stage == "INDEXED" else "verify")
+    with suppress(Halt), steering(dsn, observe=at) as migration:
+        migration.restore()
+    assert stage_of(connection)[0] == stage
+    connection.execute("SET revector.writer = 'on'")
+    connection.execute("UPDATE kb SET embedding_g3 = (SELECT embedding_g3 FROM kb WHERE id = 4) WHERE id = 3")
+    connection.execute("RESET revector.writer")
+    encode = Hashing.encode
+
+    def away(self: Hashing, given: Sequence[str], prompt: str, kind: str) -> Any:
+        if self.dimension == 16 and any(text.startswith("row ") for text in given):
+            raise Outage("the model is away")
+        return encode(self, given, prompt, kind)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Hashing, "encode", away)
+        with steering(dsn) as migration, pytest.raises(Outage) as caught:
+            migration.restore(refresh=True)
+    assert caught.value.hint.endswith("the same command again: revector run kb")
+    with steering(dsn) as migration:
+        assert migration.status().next == "revector run kb"
+        if stage == "VERIFIED":
+            with pytest.raises(Refused, match="not all compared with their texts") as refused:
+                migration.cutover(without_follower=True)
+            assert refused.value.hint == "revector run kb"
+        assert str(migration.run().stage) == "VERIFIED"
+        assert_exact(connection, "kb", "content", BEFORE, at_least=120)
+        assert migration.status().next == "revector cutover kb"
+        migration.cutover(without_follower=True)
+
+
+def test_refresh_counts_what_the_model_refuses(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copied vector of a text that the model refuses cannot be proven right: it is none, and the allowance counts it."""
+    knowledge_base(connection, 60)
+    connection.execute("UPDATE kb SET content = 'forbidden', embedding = %s WHERE id = 3", (vector(OLD, "forbidden"),))
+    advance(dsn, "CUT_OVER", WITH_BACKUP)
+    with steering(dsn) as migration:
+        migration.finalize()
+    refusing(monkeypatch)
+    with steering(dsn) as migration:
+        with pytest.raises(GateFailed, match="1 texts refused by the model, 0 allowed"):
+            migration.restore(refresh=True)
+        assert one(connection, "SELECT array_agg(id) FROM kb WHERE embedding_g3 IS NULL") == [3]
+        assert str(migration.restore(allow_failed=1).stage) == "VERIFIED"
+        with pytest.raises(GateFailed, match="refuses 1 texts"):
+            migration.cutover(without_follower=True)
+
+
+def test_refresh_writes_as_few_rows_at_once_as_the_operator_allows(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finalized(dsn, connection, 120)
+    with steering(dsn) as migration:
+        migration.restore()
+        connection.execute("SET revector.writer = 'on'")
+        connection.execute("UPDATE kb SET embedding_g3 = (SELECT embedding_g3 FROM kb WHERE id = 4) WHERE id < 40")
+        connection.execute("RESET revector.writer")
+        sizes: list[int] = []
+        wrote = Throttle.wrote
+
+        def counting(self: Throttle, rows: int) -> None:
+            sizes.append(rows)
+            wrote(self, rows)
+
+        monkeypatch.setattr(Throttle, "wrote", counting)
+        migration.restore(refresh=True, tuning={"max_rows_per_second": 60})
+    most = Throttle(Tuning(max_rows_per_second=60)).most()
+    assert most is not None and sum(sizes) == 39 and max(sizes) <= most
+    assert_exact(connection, "kb", "content", BEFORE, at_least=120)
 
 
 @pytest.mark.parametrize("key", ["composite", "text", "uuid"])

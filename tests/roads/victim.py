@@ -29,7 +29,11 @@ def command(migration: Migration, name: str) -> None:
         migration.finalize()
     elif name == "finalize_at_once":
         migration.finalize(drop_backup=True, quiet_for=0)
-    elif name in ("abort", "restore", "unexpose"):
+    elif name == "restore":
+        migration.restore(refresh=True)
+    elif name == "cutover":
+        migration.cutover(without_follower=True, refresh_old=True)
+    elif name in ("abort", "unexpose"):
         getattr(migration, name)()
     else:
         getattr(migration, name)(without_follower=True)

@@ -26,7 +26,7 @@ from psycopg import errors as pg
 from psycopg import sql
 
 from revector.db import Session, block, raw
-from revector.embed import Embedder
+from revector.embed import Embedder, Refusal
 from revector.errors import Closing, GateFailed, Interrupted, PauseBudgetMissed, Refused, RevectorError
 from revector.partitions import Detached, Leaf
 from revector.plan import Generation, Plan, cut_name, hot_share
@@ -50,7 +50,7 @@ _NOTED_EVERY: Final = 2.0
 _FILL_LIMIT: Final = 256
 #: A walk holds so many places of pending rows in memory: each reading of the pending index sorts all that is in it.
 _PLACES: Final = 50_000
-#: Seconds after the first look at every row within which `refresh` must catch the last stale one.
+#: So many seconds `refresh` goes on looking for stale rows that it cannot write, with no fewer of them left.
 _REFRESH_PATIENCE: Final = 60.0
 #: A model that fails is asked again after so many seconds, and after twice as many each time, up to so many.
 _TRY_AGAIN: Final = (1.0, 60.0)
@@ -1241,49 +1241,71 @@ def catch_up(work: Work, numbers: Sequence[int], *, paced: bool = False, spared:
         return left
 
 
-def refresh(work: Work, generation: Generation, *, paced: bool = False) -> int:
-    """Renew every vector of a generation that is not the model's of its row's text; returns how many were.
+def refresh(work: Work, generation: Generation, step: str, *, paced: bool = False) -> Outcome:
+    """Renew every vector of a generation that is not the model's of its row's text.
 
-    Only of a managed one, for the trigger lets no new one arise there. The throttle is asked where `paced`. The right
-    vector is written in the stale one's place, so a row is never without. A row that is updated meanwhile goes to
-    another place, which may have been read already, and a row that is locked cannot be written: both are looked at
-    again, until one look finds them all where they were and right. Raises `Refused` when that takes too long.
+    Only of a managed one, for the trigger lets no new one arise there: a row that was right once stays so. The throttle
+    is asked where `paced`. The right vector is written in the stale one's place, so a row is never without. A row that
+    is updated meanwhile goes to another place, which may have been read already, and one that is locked cannot be
+    written: both are looked at again, until no stale one is left; so is all of a leaf that is new, or was rewritten.
+    Raises `Refused` when that gets no further.
+
+    A text that the model refuses cannot be compared. In the candidate its vector becomes NULL, as if it had been
+    refused at once. In the live column it stays, for it may be right, and the rows must not vanish from search: more
+    such texts than are allowed raise `GateFailed`, the others are told.
     """
-    renewed, leaves = 0, work.leaves()
-    windows = [(leaf, lo) for leaf in leaves for lo in range(0, _blocks(work.control, leaf), _WINDOW_BLOCKS[0])]
+    with work.step(step) as told:
+        told |= _refreshed(work, generation, paced=paced)
+    return Outcome(f"{told['renewed']:,} stale vectors of {generation.model.model} renewed", told)
+
+
+def _refreshed(work: Work, generation: Generation, *, paced: bool) -> dict[str, Any]:
     with writer(work) as session, _watched(work, session, wanted=paced):
         refresher = _Refresher(work, session, generation, paced=paced)
-        since = _now(work)
-        for done, (leaf, lo) in enumerate(windows, 1):
-            renewed += refresher.look(leaf, "read_vectors", lo=f"({lo},0)", hi=f"({lo + _WINDOW_BLOCKS[0]},0)")
-            work.observe(Progress("refresh", done, len(windows), "windows"))
-        deadline = time.monotonic() + _REFRESH_PATIENCE
-        for again in itertools.count(1):
-            locked, refresher.locked, refresher.stale = refresher.locked, {}, 0
-            began, asked, read = _now(work), 0, refresher.read
-            for leaf in work.leaves():
-                try:
-                    tids = list(_moved(work, generation, leaf, since) | locked.get(leaf.oid, set()))
-                except Detached:
-                    continue
-                asked += len(tids)
-                for first in range(0, len(tids), _FILL_LIMIT):
-                    renewed += refresher.look(leaf, "reread_vectors", tids=tids[first : first + _FILL_LIMIT])
-            if not refresher.stale and refresher.read - read == asked:
+        since = ""
+        #: Leaf -> the file that all of its windows were read in: a rewrite takes rows elsewhere, as old as they were.
+        walked: dict[int, int] = {}
+        fewest, got_further = 0, _unheld(work)
+        for again in itertools.count():
+            left, refresher.left = refresher.left, set()
+            # Before the leaves are measured, and with the model loaded: what moves behind an end is looked for again.
+            began, renewed, files = _now(work), refresher.renewed, _files(work)
+            refresher.walk([leaf for leaf, file in files.items() if walked.get(leaf.oid) != file])
+            for leaf, file in files.items():
+                if walked.get(leaf.oid) == file:
+                    refresher.moved(leaf, since, [tid for relation, tid in left if relation == leaf.oid])
+            before, walked = walked, {leaf.oid: file for leaf, file in files.items()}
+            rows = len(refresher.left)
+            if not rows and all(before.get(leaf.oid) == file for leaf, file in _files(work).items()):
                 break
-            if time.monotonic() > deadline:
-                rows = sum(map(len, refresher.locked.values()))
+            if rows < fewest or refresher.renewed > renewed or before != walked:
+                fewest, got_further = rows, _unheld(work)
+            elif _unheld(work) - got_further > _REFRESH_PATIENCE:
                 raise Refused(
-                    f"{work.plan.table}: {_stale_and_locked(rows)}"
-                    if rows
-                    else f"{work.plan.table}: rows change faster than their vectors can be compared",
+                    f"{work.plan.table}: {_stale_and_locked(rows)}",
                     why=f"Where {generation.model.model} answers, search would find them by texts that they no longer have."
                     " Nothing was switched.",
                     hint="when those transactions have ended, give the same command again",
                 )
             since = began
             time.sleep(min(0.05 * again, 1.0))
-    return renewed
+    _tell_kept(work, generation, list(refresher.kept.values()))
+    figures = {"rows": refresher.read, "renewed": refresher.renewed, "refused": len(refresher.refused)}
+    return {"model": generation.model.model, **figures}
+
+
+def _tell_kept(work: Work, generation: Generation, refused: Sequence[Refusal]) -> None:
+    if not refused:
+        return
+    told = f"{generation.model.model} refuses {len(refused)} texts"
+    if len(refused) > work.allow_failed:
+        raise GateFailed(
+            f"{told}, so their vectors cannot be compared; {work.allow_failed} are allowed",
+            why=f"The first: {refused[0].error}. All other vectors are their texts'. Nothing was switched.",
+            hint="correct those texts, or leave their vectors as they are:"
+            f" revector cutover {work.plan.argument} --refresh-old --allow-failed {len(refused)}",
+        )
+    work.note(f"{told}; their vectors stay as they are. The first: {refused[0].error}")
 
 
 class _Refresher:
@@ -1292,59 +1314,134 @@ class _Refresher:
     def __init__(self, work: Work, session: Session, generation: Generation, *, paced: bool) -> None:
         self.work, self.session, self.generation, self.paced = work, session, generation, paced
         self._embedder = work.models[generation.number]()
-        #: Rows read so far.
-        self.read = 0
-        #: Stale rows found since this was last set to 0.
-        self.stale = 0
-        #: Leaf -> places of stale rows that could not be written.
-        self.locked: dict[int, set[str]] = {}
+        #: Rows compared and renewed so far.
+        self.read = self.renewed = 0
+        #: Hashes of the texts that the model refuses.
+        self.refused: set[int] = set()
+        #: (leaf, place) of stale rows that could not be written since this was last emptied.
+        self.left: set[tuple[int, str]] = set()
+        #: Hash of the text -> why the model refuses it, where its vector was left.
+        self.kept: dict[int, Refusal] = {}
+        #: The transactions that renewed rows: what they wrote is right, and is not looked at again.
+        self._ours: set[str] = set()
 
-    def look(self, leaf: Leaf, statement: str, **where: object) -> int:
-        """Read some rows of a leaf and renew what is stale; returns the rows written."""
-        work, plan, generation = self.work, self.work.plan, self.generation
-        if self.paced:
-            work.throttle.hold(work.stop, partial(_tell_held, work))
-        work.check_stop()
+    def walk(self, leaves: Sequence[Leaf]) -> None:
+        """Renew what is stale in all of these leaves."""
+        size = _WINDOW_BLOCKS[0]
+        windows = [(leaf, lo) for leaf in leaves for lo in range(0, _blocks(self.work.control, leaf), size)]
+        for done, (leaf, lo) in enumerate(windows, 1):
+            self._window(leaf, lo, lo + size)
+            self.work.observe(Progress("refresh", done, len(windows), "windows"))
+
+    def _window(self, leaf: Leaf, lo: int, hi: int) -> None:
+        self._may_go()
+        parts, ends = _parts(self.work, self.generation), {"lo": f"({lo},0)", "hi": f"({hi},0)"}
+        with suppress(Detached):
+            found = _rows_of(self.work, self.work.control, leaf, "read_vectors", parts, **ends)
+            self._renew(leaf, [row for row in found if row.xid not in self._ours])
+
+    def moved(self, leaf: Leaf, since: str, places: Sequence[str]) -> None:
+        """Renew what is stale among the rows written since, and at these places.
+
+        The server keeps what one snapshot shows of them, so that a row which moves all the time is met all the same.
+        """
+        control, parts = self.work.control, _parts(self.work, self.generation)
         try:
-            found = _rows_of(work, work.control, leaf, statement, _parts(work, generation), **where)
+            _rows_of(self.work, control, leaf, "moved", parts, since=since, ours=list(self._ours), places=list(places))
         except Detached:
-            return 0
-        self.read += len(found)
+            return
+        try:
+            while found := control.rows(block("phases/backfill", "fetch_moved")):
+                self._may_go()
+                self._renew(leaf, found)
+        except Detached:
+            return
+        finally:
+            if not control.connection.closed:
+                control.execute(block("phases/backfill", "close_moved"))
+
+    def _may_go(self) -> None:
+        if self.paced:
+            self.work.throttle.hold(self.work.stop, partial(_tell_held, self.work))
+        self.work.check_stop()
+
+    def _renew(self, leaf: Leaf, found: Sequence[Any]) -> None:
+        work, plan, generation = self.work, self.work.plan, self.generation
         if not found:
-            return 0
+            return
+        self.read += len(found)
         rows = Rows.of(found)
-        fresh, _ = encode(work, generation, self._embedder, rows.texts)
+        fresh, refusals = encode(work, generation, self._embedder, rows.texts)
+        self._refused(leaf, found, refusals)
         stored = np.array([row.vector for row in found], dtype=np.float32)
         norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(fresh, axis=1)
+        # Where the text was refused it is NaN, which is below no threshold.
         cosines = (stored * fresh).sum(axis=1) / np.where(norms > 0, norms, 1)
         stale = np.flatnonzero(cosines < plan.verify_threshold)
-        if not len(stale):
-            return 0
-        self.stale += len(stale)
         new = generation.number == plan.new.number
-        stage_rows(self.session, plan, rows, stale, **{"new" if new else "old": fresh})
         parts = {"staged": sql.Identifier("b" if new else "a"), "text": raw(plan.text_sql)}
-        try:
+        for some in self._slices(stale.tolist()):
+            stage_rows(self.session, plan, rows, np.array(some), **{"new" if new else "old": fresh})
             with entered(work, self.session, leaf) as at:
                 column = at.columns[generation.number]
-                written = at.write(block("phases/backfill", "renew", table=at.table, column=column, **parts))
-        except Detached:
-            return 0
-        work.throttle.wrote(written)
-        if written < len(stale):
-            self.locked.setdefault(leaf.oid, set()).update(found[n].tid for n in stale.tolist())
-        return written
+                written = at.ask(block("phases/backfill", "renew", table=at.table, column=column, **parts))
+            self.renewed += len(written)
+            self._wrote(leaf, [found[n].tid for n in some], written)
+
+    def _refused(self, leaf: Leaf, found: Sequence[Any], refusals: Mapping[int, Refusal]) -> None:
+        """Take the vector of refused texts from the candidate; remember those of the live column."""
+        if not refusals:
+            return
+        work, number = self.work, self.generation.number
+        self.refused |= {found[n].hash for n in refusals}
+        if number != work.plan.new.number:
+            self.kept |= {found[n].hash: refusal for n, refusal in refusals.items() if refusal.kind != "blank"}
+            return
+        for n, refusal in refusals.items():
+            work.ledger.fail(number, found[n].hash, refusal.kind, refusal.error)
+        parts = {"text": raw(work.plan.text_sql)}
+        for some in self._slices(list(refusals)):
+            tids, hashes = [found[n].tid for n in some], [found[n].hash for n in some]
+            with entered(work, self.session, leaf) as at:
+                statement = block(
+                    "phases/backfill", "clear_refused", table=at.table, column=at.columns[number], **parts
+                )
+                written = at.ask(statement, tids=tids, hashes=hashes)
+            self._wrote(leaf, tids, written)
+
+    def _slices(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
+        """As many rows at once as the throttle allows by then."""
+        while rows:
+            self._may_go()
+            most = (self.work.throttle.most() if self.paced else None) or len(rows)
+            yield rows[:most]
+            rows = rows[most:]
+
+    def _wrote(self, leaf: Leaf, wanted: Sequence[str], written: Sequence[Any]) -> None:
+        self.work.throttle.wrote(len(written))
+        self._ours |= {row.xid for row in written}
+        places = {row.tid for row in written}
+        self.left |= {(leaf.oid, tid) for tid in wanted if tid not in places}
+
+
+def _files(work: Work) -> dict[Leaf, int]:
+    """The leaves, each with the file that its rows are in now."""
+    leaves = work.leaves()
+    rows = work.control.rows(block("phases/backfill", "files"), leaves=[leaf.oid for leaf in leaves])
+    files = {row.oid: row.file for row in rows}
+    return {leaf: files.get(leaf.oid, 0) for leaf in leaves}
+
+
+def _unheld(work: Work) -> float:
+    """Seconds by a clock that stands still while the throttle holds us back."""
+    return time.monotonic() - sum(work.throttle.waited.values())
 
 
 def _now(work: Work) -> str:
     return str(work.control.value(block("phases/backfill", "now")))
 
 
-def _moved(work: Work, generation: Generation, leaf: Leaf, since: str) -> set[str]:
-    return {row.tid for row in _rows_of(work, work.control, leaf, "moved", _parts(work, generation), since=since)}
-
-
 def _stale_and_locked(rows: int) -> str:
     if rows == 1:
-        return "1 stale vector belongs to a row that another session has locked"
-    return f"{rows:,} stale vectors belong to rows that other sessions have locked"
+        return "1 stale vector belongs to a row that another session has locked, or writes all the time"
+    return f"{rows:,} stale vectors belong to rows that other sessions have locked, or write all the time"

@@ -161,16 +161,15 @@ SELECT count(*) FROM (
 -- name: read_vectors
 -- Rows of a range of blocks that have both a text and a vector.
 -- lock: ACCESS SHARE
-SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::text COLLATE "C", 0) AS hash, t.{column}::real[] AS vector
+SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::text COLLATE "C", 0) AS hash, t.{column}::real[] AS vector,
+       t.xmin::text AS xid
   FROM ONLY {table} AS t
  WHERE t.ctid >= %(lo)s::tid AND t.ctid < %(hi)s::tid AND t.{column} IS NOT NULL AND ({text}) IS NOT NULL;
 
--- name: reread_vectors
--- These rows again, as far as they are still there.
--- lock: ACCESS SHARE
-SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::text COLLATE "C", 0) AS hash, t.{column}::real[] AS vector
-  FROM ONLY {table} AS t
- WHERE t.ctid = ANY (%(tids)s::tid[]) AND t.{column} IS NOT NULL AND ({text}) IS NOT NULL;
+-- name: files
+-- The files that leaves are in: VACUUM FULL and the like write a new one.
+-- lock: none
+SELECT oid, pg_relation_filenode(oid)::bigint AS file FROM pg_class WHERE oid = ANY (%(leaves)s::oid[]);
 
 -- name: now
 -- Every transaction from this one on may still write.
@@ -178,19 +177,42 @@ SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::t
 SELECT pg_snapshot_xmin(pg_current_snapshot())::xid::text;
 
 -- name: moved
--- Row versions that were written since: in one snapshot, so that none hides behind the scan.
+-- Row versions that others have written since, and those at some places: of one snapshot, kept when it has ended.
 -- lock: ACCESS SHARE
-SELECT t.ctid::text AS tid FROM ONLY {table} AS t
- WHERE age(t.xmin) <= age(%(since)s::xid) AND t.{column} IS NOT NULL AND ({text}) IS NOT NULL;
+DECLARE moved NO SCROLL CURSOR WITH HOLD FOR
+SELECT t.ctid::text AS tid, ({text})::text AS text, hashtextextended(({text})::text COLLATE "C", 0) AS hash, t.{column}::real[] AS vector
+  FROM ONLY {table} AS t
+ WHERE (age(t.xmin) <= age(%(since)s::xid) AND t.xmin <> ALL (%(ours)s::xid[]) OR t.ctid = ANY (%(places)s::tid[]))
+   AND t.{column} IS NOT NULL AND ({text}) IS NOT NULL;
+
+-- name: fetch_moved
+-- The next of them.
+-- lock: none
+FETCH 256 FROM moved;
+
+-- name: close_moved
+-- All have been read.
+-- lock: none
+CLOSE moved;
 
 -- name: renew
--- Put the right vector in the place of a stale one; a fresh vector is right on whatever row has that text.
+-- Put the right vector in the place of a stale one, which is right on whatever row has that text; tells where it was, and which transaction wrote it.
 -- lock: ROW EXCLUSIVE
 WITH locked AS MATERIALIZED (
   SELECT t.ctid AS tid, s.{staged} AS vector FROM pg_temp.staged s JOIN ONLY {table} AS t ON t.ctid = s.tid
    WHERE hashtextextended(({text})::text COLLATE "C", 0) = s.hash
      FOR NO KEY UPDATE OF t SKIP LOCKED)
-UPDATE ONLY {table} AS t SET {column} = l.vector FROM locked l WHERE t.ctid = l.tid;
+UPDATE ONLY {table} AS t SET {column} = l.vector FROM locked l WHERE t.ctid = l.tid
+RETURNING l.tid::text AS tid, t.xmin::text AS xid;
+
+-- name: clear_refused
+-- Take the vectors of texts that the model refuses, where the rows still have these texts; tells as `renew` does.
+-- lock: ROW EXCLUSIVE
+WITH locked AS MATERIALIZED (
+  SELECT t.ctid AS tid FROM unnest(%(tids)s::tid[], %(hashes)s::bigint[]) AS r (tid, hash) JOIN ONLY {table} AS t ON t.ctid = r.tid
+   WHERE hashtextextended(({text})::text COLLATE "C", 0) = r.hash FOR NO KEY UPDATE OF t SKIP LOCKED)
+UPDATE ONLY {table} AS t SET {column} = NULL FROM locked l WHERE t.ctid = l.tid
+RETURNING l.tid::text AS tid, t.xmin::text AS xid;
 
 -- name: stage_outside
 -- Stage a window's rows outside the filter whose one vector the candidate does not have yet.
