@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import chain
 from typing import Any, Final, Literal, LiteralString, cast
 
 import psycopg
@@ -440,7 +441,7 @@ class Database:
                 begin=sql.SQL("SAVEPOINT attempt"),
                 undo=sql.SQL("ROLLBACK TO attempt"),
                 busy="the table",
-                who=lambda: in_the_way(session, [table, *views]),
+                locked=[table, *views],
                 observe=observe,
             )
 
@@ -454,21 +455,23 @@ def in_attempts(
     begin: sql.Composable,
     undo: sql.Composable,
     busy: str,
-    who: Callable[[], str],
+    locked: Sequence[sql.Composable],
+    read: Sequence[sql.Composable] = (),
     observe: Callable[[str], None],
 ) -> Pause:
     """Take `locks` and do `work` under them within the pause budget, so often as `limits` allow, or change nothing.
 
     Each attempt, `begin` to COMMIT, is one message; `undo` ends one that failed. The statements share the budget: a
-    lock_timeout alone would grant all of it to each. `busy` is what `locks` are on, `who` says who has it.
+    lock_timeout alone would grant all of it to each. Without `locks` nobody can wait for us: then it is only the limit
+    of our own waiting. `busy` is what `locks` are on and `locked` its names; the work itself reads `read`.
     Raises `PauseBudgetMissed`.
     """
     budget_ms, attempts = limits.budget_ms, limits.attempts
     clock = sql.SQL("SELECT 1000 * extract(epoch FROM clock_timestamp())")
     opened = [begin, sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{budget_ms}ms"))]
     before = [*opened, clock, *(part for lock in locks for part in (left_of(budget_ms), lock)), clock]
-    under = [part for statement in work for part in (_left_for_work(budget_ms), statement)]
-    attempt = [*before, *under, clock, sql.SQL("COMMIT")]
+    under = [[_left_for_work(budget_ms), statement] if locks else [statement] for statement in work]
+    attempt = [*before, *chain.from_iterable(under), clock, sql.SQL("COMMIT")]
     why, overruns, cut, waited_inside = "", 0, list[PauseBudgetMissed](), False
     for number in range(1, attempts + 1):
         sent = time.monotonic()
@@ -479,18 +482,20 @@ def in_attempts(
         wait = had - float(answers[len(opened)] or 0) if done >= 0 else total
         if error is None:
             return Pause(total, wait, float(answers[-2] or 0) - had, number)
-        if not isinstance(error, pg.LockNotAvailable | pg.QueryCanceled):
+        if not isinstance(error, pg.LockNotAvailable) and not (locks and isinstance(error, pg.QueryCanceled)):
             raise error
         session.message([undo])
-        step = done // 2 + 1
+        step = done // (2 if locks else 1) + 1
         if done < 0:
-            why = who()
+            why = in_the_way(session, locked)
             told = f"{busy} was busy for {total:.0f} ms. {why}"
         elif isinstance(error, pg.LockNotAvailable):
             waited_inside = True
             waiting = " ".join(work[step - 1].as_string(session.connection).split())
-            why = f"Another transaction held what this waits for: {waiting[:_SHOWN]}. Nothing changed."
-            told = f"the lock was had after {wait:.0f} ms, statement {step} of {len(work)} under it waited for another. {why}"
+            why = f"Another transaction held what this waits for: {waiting[:_SHOWN]}. {in_the_way(session, [], read)}"
+            told = f"statement {step} of {len(work)} waited for a lock. {why}"
+            if locks:
+                told = f"the lock was had after {wait:.0f} ms, {told}"
         else:
             # Nearly all of the budget went into the work itself: no quieter moment will make it fit.
             alone = wait < budget_ms / 10 and total - wait > 0.8 * budget_ms
@@ -510,7 +515,7 @@ def in_attempts(
             why=f"{cut[-1].why} The others: {why}",
             fits_ms=cut[-1].fits_ms,
         )
-    what = "all its locks" if waited_inside else "the lock"
+    what = "all its locks" if waited_inside and locks else "the lock"
     raise PauseBudgetMissed(f"no attempt of {attempts} got {what} within {budget_ms} ms", why=why)
 
 
@@ -554,12 +559,17 @@ def in_the_way(session: Session, locked: Sequence[sql.Composable], read: Sequenc
         return f"{holders[0].who}: such a VACUUM does not give way. Nothing changed; wait for its end."
     if holders:
         return f"In the way: {'; '.join(row.who for row in holders)}. Nothing changed."
+    if not locked:
+        return "Nothing changed."
     return "Another transaction held the table: a long statement, an open transaction or VACUUM. Nothing changed."
 
 
 def left_of(budget_ms: int) -> sql.Composable:
-    """What is left of the budget since the message arrived becomes the limit of the next statement."""
-    return sql.SQL("SELECT set_config('statement_timeout', ({})::text, true)").format(_left(budget_ms))
+    """What is left of the budget since the message arrived becomes the limit of the next statement.
+
+    Nothing left is the end (QueryCanceled): else many short statements would each have their millisecond.
+    """
+    return sql.SQL("SELECT {} FROM ({}) AS rest").format(_LIMIT, _left(budget_ms))
 
 
 def _left_for_work(budget_ms: int) -> sql.Composable:
@@ -567,16 +577,20 @@ def _left_for_work(budget_ms: int) -> sql.Composable:
 
     So it ends as LockNotAvailable: after QueryCanceled nobody can tell waiting from working.
     """
-    return sql.SQL(
-        "SELECT set_config('statement_timeout', ms::text, true),"
-        " set_config('lock_timeout', greatest(1, ms - {})::text, true) FROM (SELECT {} AS ms) AS rest"
-    ).format(sql.Literal(max(1, budget_ms // 10)), _left(budget_ms))
+    return sql.SQL("SELECT {}, set_config('lock_timeout', greatest(1, ms - {})::text, true) FROM ({}) AS rest").format(
+        _LIMIT, sql.Literal(max(1, budget_ms // 10)), _left(budget_ms)
+    )
+
+
+_LIMIT: Final = sql.SQL(
+    "CASE WHEN ms < 1 THEN pg_cancel_backend(pg_backend_pid())::text"
+    " ELSE set_config('statement_timeout', ms::text, true) END"
+)
 
 
 def _left(budget_ms: int) -> sql.Composable:
-    """At least 1, for 0 would be no limit at all."""
     return sql.SQL(
-        "greatest(1, {} - 1000 * extract(epoch FROM clock_timestamp() - statement_timestamp()))::int"
+        "SELECT ({} - 1000 * extract(epoch FROM clock_timestamp() - statement_timestamp()))::int AS ms"
     ).format(sql.Literal(budget_ms))
 
 

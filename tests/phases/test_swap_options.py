@@ -14,6 +14,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import errors as pg
 from psycopg import sql
 
 from fix_commands import command, ended, started, until
@@ -32,7 +33,7 @@ from fix_tables import (
     steering,
     vector,
 )
-from revector.db import PauseLimits
+from revector.db import PauseLimits, left_of
 from revector.embedded import embedded_server
 from revector.errors import Interrupted, PauseBudgetMissed, Refused
 from revector.moment import Moment
@@ -189,9 +190,27 @@ def test_lock_that_the_work_waits_for_is_no_work(dsn: str, connection: psycopg.C
         name, work = sql.Identifier("public", "kb"), [sql.SQL("LOCK TABLE public.other IN ACCESS EXCLUSIVE MODE")] * 2
         with pytest.raises(PauseBudgetMissed, match="no attempt of 3 got all its locks within 100 ms") as caught:
             migration.database.pause(migration.control, name, work, budget_ms=100, attempts=3, observe=told.append)
-    assert len(told) == 3 and all("statement 1 of 2 under it waited for another" in text for text in told)
+    assert len(told) == 3 and all("ms, statement 1 of 2 waited for a lock" in text for text in told)
     assert "LOCK TABLE public.other IN ACCESS EXCLUSIVE MODE" in caught.value.why
     assert caught.value.fits_ms is None and "held the table" not in caught.value.why
+
+
+def test_many_short_statements_share_the_budget(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """When nothing is left of it the next statement is not begun, however short it is."""
+    knowledge_base(connection, 5)
+    with steering(dsn) as migration:
+        started = [sql.SQL("BEGIN"), left_of(20), sql.SQL("SELECT 1")]
+        migration.control.message([*started, sql.SQL("ROLLBACK")])
+        with migration.control.rolled_back(), pytest.raises(pg.QueryCanceled):
+            migration.control.message(
+                [
+                    *started,
+                    sql.SQL("SET LOCAL statement_timeout = 0"),
+                    sql.SQL("SELECT pg_sleep(0.03)"),
+                    left_of(20),
+                    sql.SQL("SELECT 1"),
+                ]
+            )
 
 
 def test_attempts_that_missed_in_two_ways_say_both(dsn: str, connection: psycopg.Connection[Any]) -> None:
