@@ -63,6 +63,16 @@ Lock = Literal["steer", "windows", "follower"]
 #: First half of the two-part advisory key; the second half is the table's OID.
 _LOCK_CLASS: Final[dict[Lock, int]] = {"steer": 0x72760001, "windows": 0x72760002, "follower": 0x72760003}
 
+Mode = Literal["ACCESS SHARE", "SHARE UPDATE EXCLUSIVE", "ACCESS EXCLUSIVE"]
+_STRONGEST: Final = "AccessExclusiveLock"
+_STRONG: Final = ("ShareUpdateExclusiveLock", "ShareLock", "ShareRowExclusiveLock", "ExclusiveLock", _STRONGEST)
+#: The lock that we ask for -> those, as pg_locks writes them, that keep it from us.
+_CONFLICTS: Final[dict[Mode, tuple[str, ...]]] = {
+    "ACCESS SHARE": (_STRONGEST,),
+    "SHARE UPDATE EXCLUSIVE": _STRONG,
+    "ACCESS EXCLUSIVE": ("AccessShareLock", "RowShareLock", "RowExclusiveLock", *_STRONG),
+}
+
 #: What every session of ours pins, whatever the role or the database sets as default.
 #: row_security = off: a policy that hides rows becomes an error, not a smaller table.
 _GROUND: Final = {
@@ -431,7 +441,7 @@ class Database:
                 raise PauseBudgetMissed(
                     f"SHARE UPDATE EXCLUSIVE on {table.as_string(None)} was not to be had within {_SETTLE}",
                     why=f"VACUUM, CREATE INDEX or other DDL holds the table; nobody waited for us."
-                    f" {in_the_way(session, [table])}",
+                    f" {in_the_way(session, 'SHARE UPDATE EXCLUSIVE', [table])}",
                 ) from None
             return in_attempts(
                 session,
@@ -487,12 +497,13 @@ def in_attempts(
         session.message([undo])
         step = done // (2 if locks else 1) + 1
         if done < 0:
-            why = in_the_way(session, locked)
+            why = in_the_way(session, "ACCESS EXCLUSIVE", locked)
             told = f"{busy} was busy for {total:.0f} ms. {why}"
         elif isinstance(error, pg.LockNotAvailable):
             waited_inside = True
             waiting = " ".join(work[step - 1].as_string(session.connection).split())
-            why = f"Another transaction held what this waits for: {waiting[:_SHOWN]}. {in_the_way(session, [], read)}"
+            holders = in_the_way(session, "ACCESS SHARE", read)
+            why = f"Another transaction held what this waits for: {waiting[:_SHOWN]}. {holders}"
             told = f"statement {step} of {len(work)} waited for a lock. {why}"
             if locks:
                 told = f"the lock was had after {wait:.0f} ms, {told}"
@@ -544,22 +555,20 @@ def _too_much(
     )
 
 
-def in_the_way(session: Session, locked: Sequence[sql.Composable], read: Sequence[sql.Composable] = ()) -> str:
-    """Who kept a lock from us, as far as this role may see: ACCESS EXCLUSIVE on `locked`, or ACCESS SHARE on `read`."""
-    names = {
-        part: sql.Literal([relation.as_string(session.connection) for relation in relations])
-        for part, relations in (("locked", locked), ("read", read))
-    }
+def in_the_way(session: Session, mode: Mode, relations: Sequence[sql.Composable]) -> str:
+    """Who kept this lock on one of `relations` from us, as far as this role may see."""
+    parts = {"modes": list(_CONFLICTS[mode]), "relations": [part.as_string(session.connection) for part in relations]}
     try:
         with session.transaction():
-            holders = session.rows(block("db", "holders", **names))
+            holders = session.rows(block("db", "holders", **{name: sql.Literal(part) for name, part in parts.items()}))
     except psycopg.Error:
         holders = ()
-    if any(row.wraparound for row in holders):
-        return f"{holders[0].who}: such a VACUUM does not give way. Nothing changed; wait for its end."
+    for row in holders:
+        if row.wraparound:
+            return f"{row.who}: such a VACUUM does not give way. Nothing changed; wait for its end."
     if holders:
         return f"In the way: {'; '.join(row.who for row in holders)}. Nothing changed."
-    if not locked:
+    if mode == "ACCESS SHARE":
         return "Nothing changed."
     return "Another transaction held the table: a long statement, an open transaction or VACUUM. Nothing changed."
 

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from fix_tables import (
     steering,
     vector,
 )
-from revector.db import PauseLimits, left_of
+from revector.db import PauseLimits, in_the_way, left_of
 from revector.embedded import embedded_server
 from revector.errors import Interrupted, PauseBudgetMissed, Refused
 from revector.moment import Moment
@@ -262,6 +262,37 @@ def test_vacuum_that_does_not_end_is_named(dsn: str, connection: psycopg.Connect
         with steering(dsn) as migration, pytest.raises(PauseBudgetMissed, match="SHARE UPDATE EXCLUSIVE") as caught:
             migration.cutover(without_follower=True)
     assert "nightly" in caught.value.why and "Nothing changed" in caught.value.why
+
+
+def test_readers_are_not_named_where_they_are_not_in_the_way(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """SHARE UPDATE EXCLUSIVE passes readers and writers: only who keeps it from us is named, however late it came."""
+    knowledge_base(connection, 20)
+    advance(dsn, "SERVED")
+    with ExitStack() as open_:
+        for number in range(4):
+            reader = open_.enter_context(psycopg.connect(dsn, application_name=f"reader {number}"))
+            reader.execute("SELECT 1 FROM kb LIMIT 1")
+        holder = open_.enter_context(psycopg.connect(dsn, application_name="nightly"))
+        holder.execute("LOCK TABLE kb IN SHARE UPDATE EXCLUSIVE MODE")
+        with steering(dsn) as migration, pytest.raises(PauseBudgetMissed, match="SHARE UPDATE EXCLUSIVE") as caught:
+            migration.cutover(without_follower=True)
+    assert "nightly" in caught.value.why and "reader" not in caught.value.why
+
+
+def test_vacuum_that_does_not_give_way_is_named_before_others(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """It is not the oldest that is called such a VACUUM. (A statement that fails stays in view, with its transaction's locks.)"""
+    knowledge_base(connection, 5)
+    with ExitStack() as open_, steering(dsn) as migration:
+        for number in range(4):
+            reader = open_.enter_context(psycopg.connect(dsn, application_name=f"reader {number}"))
+            reader.execute("SELECT 1 FROM kb LIMIT 1")
+        vacuum = open_.enter_context(psycopg.connect(dsn))
+        pid = vacuum.info.backend_pid
+        vacuum.execute("LOCK TABLE kb IN SHARE UPDATE EXCLUSIVE MODE; SAVEPOINT kept")
+        with pytest.raises(pg.SyntaxError):
+            vacuum.execute("autovacuum: VACUUM public.kb (to prevent wraparound)")
+        told = in_the_way(migration.control, "ACCESS EXCLUSIVE", [sql.Identifier("public", "kb")])
+    assert told.startswith(f"session {pid} of ") and "such a VACUUM does not give way" in told
 
 
 @pytest.mark.roads
