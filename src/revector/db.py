@@ -495,7 +495,8 @@ def in_attempts(
         if not isinstance(error, pg.LockNotAvailable) and not (locks and isinstance(error, pg.QueryCanceled)):
             raise error
         session.message([undo])
-        step = done // (2 if locks else 1) + 1
+        # The closing clock may be cut off as well.
+        step = min(done // (2 if locks else 1) + 1, len(work))
         if done < 0:
             why = in_the_way(session, "ACCESS EXCLUSIVE", locked)
             told = f"{busy} was busy for {total:.0f} ms. {why}"

@@ -6,7 +6,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -211,6 +211,25 @@ def test_many_short_statements_share_the_budget(dsn: str, connection: psycopg.Co
                     sql.SQL("SELECT 1"),
                 ]
             )
+
+
+def test_cut_off_after_the_last_statement_is_told_as_the_last(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock that closes an attempt may be what is cut off: there is no fifth statement of four."""
+    knowledge_base(connection, 5)
+    with steering(dsn) as migration:
+        outcome = migration.control.outcome
+
+        def all_but_the_clock(statements: Sequence[sql.Composable]) -> tuple[list[str | None], psycopg.Error | None]:
+            answers, error = outcome(statements)
+            return answers + ["0"] * (len(statements) - 2 - len(answers)), error
+
+        monkeypatch.setattr(migration.control, "outcome", all_but_the_clock)
+        with pytest.raises(PauseBudgetMissed, match="the lock was had") as caught:
+            work = [sql.SQL("SELECT pg_sleep(1)")] * 4
+            migration.database.pause(migration.control, sql.Identifier("public", "kb"), work, budget_ms=100, attempts=1)
+    assert "it came to statement 4 of 4" in caught.value.why
 
 
 def test_attempts_that_missed_in_two_ways_say_both(dsn: str, connection: psycopg.Connection[Any]) -> None:
