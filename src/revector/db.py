@@ -230,7 +230,8 @@ class Session:
     def outcome(self, statements: Sequence[sql.Composable]) -> tuple[list[str | None], psycopg.Error | None]:
         """Send one message as `message` does; the first value of each answer, as text, up to the error if there is one.
 
-        A cursor forgets the answers that came before an error.
+        A cursor forgets the answers that came before an error, and nothing public of psycopg gives them: hence
+        `generators.execute` and `error_from_result`, which are not of its documented interface (3.2.0 to 3.3 have them).
         """
         text = sql.SQL(";\n").join(statements).as_string(self.connection)
         _LOG.debug("%s", text)
