@@ -1661,7 +1661,9 @@ def _with_budget(arguments: Sequence[str], budget_ms: int) -> str:
         for before, word in zip(["", *arguments], arguments, strict=False)
         if "--max-pause-ms" not in (before, word) and not word.startswith("--max-pause-ms=")
     ]
-    return shlex.join(["revector", *kept, "--max-pause-ms", str(budget_ms)])
+    # Behind the command's name: what follows a `--` is no option.
+    place = next(number for number, word in enumerate(kept, 1) if not word.startswith("-"))
+    return shlex.join(["revector", *kept[:place], "--max-pause-ms", str(budget_ms), *kept[place:]])
 
 
 def _fail(error: RevectorError) -> int:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import chain
 from typing import Any, Final, Literal, LiteralString, cast
 
 import psycopg
@@ -47,6 +48,8 @@ PAUSE_BUDGETS: Final = (10, 10_000)
 PAUSE_ATTEMPTS_RANGE: Final = (1, 100)
 #: So often the work under the lock may overrun the budget before it counts as too much for it: once may be chance.
 _OVERRUNS: Final = 2
+#: So much of a statement is shown in a message.
+_SHOWN: Final = 100
 #: How long SHARE UPDATE EXCLUSIVE is waited for: autovacuum gives way after deadlock_timeout (1 s).
 _SETTLE: Final = "5s"
 #: Looks at a pooler before it counts as one that gives each client a session of its own.
@@ -59,6 +62,16 @@ PENDING: Final = "RV002"
 Lock = Literal["steer", "windows", "follower"]
 #: First half of the two-part advisory key; the second half is the table's OID.
 _LOCK_CLASS: Final[dict[Lock, int]] = {"steer": 0x72760001, "windows": 0x72760002, "follower": 0x72760003}
+
+Mode = Literal["ACCESS SHARE", "SHARE UPDATE EXCLUSIVE", "ACCESS EXCLUSIVE"]
+_STRONGEST: Final = "AccessExclusiveLock"
+_STRONG: Final = ("ShareUpdateExclusiveLock", "ShareLock", "ShareRowExclusiveLock", "ExclusiveLock", _STRONGEST)
+#: The lock that we ask for -> those, as pg_locks writes them, that keep it from us.
+_CONFLICTS: Final[dict[Mode, tuple[str, ...]]] = {
+    "ACCESS SHARE": (_STRONGEST,),
+    "SHARE UPDATE EXCLUSIVE": _STRONG,
+    "ACCESS EXCLUSIVE": ("AccessShareLock", "RowShareLock", "RowExclusiveLock", *_STRONG),
+}
 
 #: What every session of ours pins, whatever the role or the database sets as default.
 #: row_security = off: a policy that hides rows becomes an error, not a smaller table.
@@ -217,7 +230,8 @@ class Session:
     def outcome(self, statements: Sequence[sql.Composable]) -> tuple[list[str | None], psycopg.Error | None]:
         """Send one message as `message` does; the first value of each answer, as text, up to the error if there is one.
 
-        A cursor forgets the answers that came before an error.
+        A cursor forgets the answers that came before an error, and nothing public of psycopg gives them: hence
+        `generators.execute` and `error_from_result`, which are not of its documented interface (3.2.0 to 3.3 have them).
         """
         text = sql.SQL(";\n").join(statements).as_string(self.connection)
         _LOG.debug("%s", text)
@@ -229,6 +243,15 @@ class Session:
             value = result.get_value(0, 0) if result.ntuples else None
             answers.append(None if value is None else value.decode())
         return answers, None
+
+    @contextmanager
+    def rolled_back(self) -> Iterator[None]:
+        """After an error inside a message its end was not reached: no transaction stays open behind this block."""
+        try:
+            yield
+        finally:
+            if not self.connection.closed and self.connection.info.transaction_status != 0:
+                self.connection.rollback()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -396,8 +419,7 @@ class Database:
         between attempts. Then come `checks`, those of the statements that only look: what the server must load to
         answer them (PL/pgSQL, pgvector, rows of the catalog) is not loaded under the lock. `alone` leaves out the
         partitions of a partitioned table. `views` of the table are locked before it, in the order of those who write
-        through them. Each attempt, SAVEPOINT to COMMIT, is one message. An attempt that had the lock and overran in its
-        work is not made more than twice.
+        through them. Work that needs more than the budget by itself is not tried more than twice.
         Raises `PauseBudgetMissed`.
         """
         whole = sql.SQL("ONLY {}" if alone else "{}").format(table)
@@ -411,19 +433,8 @@ class Database:
                 sql.SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(whole),
             ]
         begin += checks
-        clock = sql.SQL("SELECT 1000 * extract(epoch FROM clock_timestamp())")
-        before: list[sql.Composable] = [
-            sql.SQL("SAVEPOINT attempt"),
-            sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{budget_ms}ms")),
-            sql.SQL("SET LOCAL statement_timeout = {}").format(sql.Literal(f"{budget_ms}ms")),
-            clock,
-            sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.SQL(", ").join([*views, whole])),
-            clock,
-        ]
-        work = [part for statement in statements for part in (left_of(budget_ms), statement)]
-        attempt = [*before, *work, clock, sql.SQL("COMMIT")]
-        why, overruns = "", 0
-        try:
+        lock = sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(sql.SQL(", ").join([*views, whole]))
+        with session.rolled_back():
             try:
                 session.message(begin)
             except pg.LockNotAvailable:
@@ -431,77 +442,166 @@ class Database:
                 raise PauseBudgetMissed(
                     f"SHARE UPDATE EXCLUSIVE on {table.as_string(None)} was not to be had within {_SETTLE}",
                     why=f"VACUUM, CREATE INDEX or other DDL holds the table; nobody waited for us."
-                    f" {in_the_way(session, [table])}",
+                    f" {in_the_way(session, 'SHARE UPDATE EXCLUSIVE', [table])}",
                 ) from None
-            for number in range(1, attempts + 1):
-                sent = time.monotonic()
-                answers, error = session.outcome(attempt)
-                total = (time.monotonic() - sent) * 1000
-                done = len(answers) - len(before)
-                wait = float(answers[5] or 0) - float(answers[3] or 0) if done >= 0 else total
-                if error is None:
-                    return Pause(total, wait, float(answers[-2] or 0) - float(answers[5] or 0), number)
-                if not isinstance(error, pg.LockNotAvailable | pg.QueryCanceled):
-                    raise error
-                session.message([sql.SQL("ROLLBACK TO attempt")])
-                # Most of the budget went into the work itself: no quieter moment will make it fit.
-                if total - wait > budget_ms / 2:
-                    overruns += 1
-                    missed = _too_much(wait, total - wait, budget_ms, done // 2 + 1, len(statements))
-                    if overruns == min(_OVERRUNS, attempts):
-                        raise missed
-                    told = f"the lock was had after {wait:.0f} ms, the work under it took longer than the rest"
-                else:
-                    why = in_the_way(session, [table])
-                    told = f"the table was busy for {total:.0f} ms. {why}"
-                observe(f"attempt {number} of {attempts}: {told}")
-                if number < attempts:
-                    time.sleep(random.uniform(0.1, 0.35))
-        finally:
-            if not session.connection.closed and session.connection.info.transaction_status != 0:
-                session.connection.rollback()
-        raise PauseBudgetMissed(f"no attempt of {attempts} got the lock within {budget_ms} ms", why=why)
+            return in_attempts(
+                session,
+                [lock],
+                statements,
+                limits=PauseLimits(budget_ms, attempts),
+                begin=sql.SQL("SAVEPOINT attempt"),
+                undo=sql.SQL("ROLLBACK TO attempt"),
+                busy="the table",
+                locked=[table, *views],
+                observe=observe,
+            )
 
 
-def _too_much(wait_ms: float, worked_ms: float, budget_ms: int, step: int, of: int) -> PauseBudgetMissed:
+def in_attempts(
+    session: Session,
+    locks: Sequence[sql.Composable],
+    work: Sequence[sql.Composable],
+    *,
+    limits: PauseLimits,
+    begin: sql.Composable,
+    undo: sql.Composable,
+    busy: str,
+    locked: Sequence[sql.Composable],
+    read: Sequence[sql.Composable] = (),
+    observe: Callable[[str], None],
+) -> Pause:
+    """Take `locks` and do `work` under them within the pause budget, so often as `limits` allow, or change nothing.
+
+    Each attempt, `begin` to COMMIT, is one message; `undo` ends one that failed. The statements share the budget: a
+    lock_timeout alone would grant all of it to each. Without `locks` nobody can wait for us: then it is only the limit
+    of our own waiting. `busy` is what `locks` are on and `locked` its names; the work itself reads `read`.
+    Raises `PauseBudgetMissed`.
+    """
+    budget_ms, attempts = limits.budget_ms, limits.attempts
+    clock = sql.SQL("SELECT 1000 * extract(epoch FROM clock_timestamp())")
+    opened = [begin, sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{budget_ms}ms"))]
+    before = [*opened, clock, *(part for lock in locks for part in (left_of(budget_ms), lock)), clock]
+    under = [[_left_for_work(budget_ms), statement] if locks else [statement] for statement in work]
+    attempt = [*before, *chain.from_iterable(under), clock, sql.SQL("COMMIT")]
+    why, overruns, cut, waited_inside = "", 0, list[PauseBudgetMissed](), False
+    for number in range(1, attempts + 1):
+        sent = time.monotonic()
+        answers, error = session.outcome(attempt)
+        total = (time.monotonic() - sent) * 1000
+        done = len(answers) - len(before)
+        had = float(answers[len(before) - 1] or 0) if done >= 0 else 0
+        wait = had - float(answers[len(opened)] or 0) if done >= 0 else total
+        if error is None:
+            return Pause(total, wait, float(answers[-2] or 0) - had, number)
+        if not isinstance(error, pg.LockNotAvailable) and not (locks and isinstance(error, pg.QueryCanceled)):
+            raise error
+        session.message([undo])
+        # The closing clock may be cut off as well.
+        step = min(done // (2 if locks else 1) + 1, len(work))
+        if done < 0:
+            why = in_the_way(session, "ACCESS EXCLUSIVE", locked)
+            told = f"{busy} was busy for {total:.0f} ms. {why}"
+        elif isinstance(error, pg.LockNotAvailable):
+            waited_inside = True
+            waiting = " ".join(work[step - 1].as_string(session.connection).split())
+            holders = in_the_way(session, "ACCESS SHARE", read)
+            why = f"Another transaction held what this waits for: {waiting[:_SHOWN]}. {holders}"
+            told = f"statement {step} of {len(work)} waited for a lock. {why}"
+            if locks:
+                told = f"the lock was had after {wait:.0f} ms, {told}"
+        else:
+            # Nearly all of the budget went into the work itself: no quieter moment will make it fit.
+            alone = wait < budget_ms / 10 and total - wait > 0.8 * budget_ms
+            cut.append(_too_much(wait, total - wait, budget_ms, step, len(work), alone=alone))
+            overruns += alone
+            if overruns == min(_OVERRUNS, attempts):
+                raise cut[-1]
+            told = f"the lock was had after {wait:.0f} ms, the work under it did not fit in the rest of {budget_ms} ms"
+        observe(f"attempt {number} of {attempts}: {told}")
+        if number < attempts:
+            time.sleep(random.uniform(0.1, 0.35))
+    if len(cut) == attempts:
+        raise cut[-1]
+    if cut:
+        raise PauseBudgetMissed(
+            f"no attempt of {attempts} was done within {budget_ms} ms; {len(cut)} of them got the lock and not all work done",
+            why=f"{cut[-1].why} The others: {why}",
+            fits_ms=cut[-1].fits_ms,
+        )
+    what = "all its locks" if waited_inside and locks else "the lock"
+    raise PauseBudgetMissed(f"no attempt of {attempts} got {what} within {budget_ms} ms", why=why)
+
+
+def _too_much(
+    wait_ms: float, worked_ms: float, budget_ms: int, step: int, of: int, *, alone: bool
+) -> PauseBudgetMissed:
     """What is said of an attempt that had the lock and was cut off in statement `step` of its work.
 
     The budget that is named is what all of them need at that pace, rounded up, with room for a wait and for slower ones.
+    `alone`: the wait for the lock took next to nothing of the budget.
     """
-    needed = max(2 * budget_ms, 1.5 * worked_ms * of / step)
+    needed = max(2 * budget_ms, wait_ms + 1.5 * worked_ms * of / step)
     unit = 10 ** math.floor(math.log10(needed))
     largest = budget_ms == PAUSE_BUDGETS[1]
+    larger = f"a larger budget does{', but none is allowed' if largest else ''}"
     return PauseBudgetMissed(
-        f"the lock was had after {wait_ms:.0f} ms, but the work under it needs more than the budget of {budget_ms} ms",
-        why=f"In {worked_ms:.0f} ms it came to statement {step} of {of}: more attempts would not help, a larger budget does"
-        f"{', but none is allowed' if largest else ''}. Many partitions or indexes make it long. Nothing changed.",
+        f"the lock was had after {wait_ms:.0f} ms, but the work under it needs more than"
+        f" {'' if alone else 'what that left of '}the budget of {budget_ms} ms",
+        why=f"In {worked_ms:.0f} ms it came to statement {step} of {of}: "
+        + (
+            f"more attempts would not help, {larger}. Many partitions or indexes make it long. Nothing changed."
+            if alone
+            else f"a quieter moment helps, and {larger}. Nothing changed."
+        ),
         fits_ms=None if largest else min(math.ceil(needed / unit) * unit, PAUSE_BUDGETS[1]),
     )
 
 
-def in_the_way(session: Session, locked: Sequence[sql.Composable], read: Sequence[sql.Composable] = ()) -> str:
-    """Who kept a lock from us, as far as this role may see: ACCESS EXCLUSIVE on `locked`, or ACCESS SHARE on `read`."""
-    names = {
-        part: sql.Literal([relation.as_string(session.connection) for relation in relations])
-        for part, relations in (("locked", locked), ("read", read))
-    }
+def in_the_way(session: Session, mode: Mode, relations: Sequence[sql.Composable]) -> str:
+    """Who kept this lock on one of `relations` from us, as far as this role may see."""
+    parts = {"modes": list(_CONFLICTS[mode]), "relations": [part.as_string(session.connection) for part in relations]}
     try:
         with session.transaction():
-            holders = session.rows(block("db", "holders", **names))
+            holders = session.rows(block("db", "holders", **{name: sql.Literal(part) for name, part in parts.items()}))
     except psycopg.Error:
         holders = ()
-    if any(row.wraparound for row in holders):
-        return f"{holders[0].who}: such a VACUUM does not give way. Nothing changed; wait for its end."
+    for row in holders:
+        if row.wraparound:
+            return f"{row.who}: such a VACUUM does not give way. Nothing changed; wait for its end."
     if holders:
         return f"In the way: {'; '.join(row.who for row in holders)}. Nothing changed."
+    if mode == "ACCESS SHARE":
+        return "Nothing changed."
     return "Another transaction held the table: a long statement, an open transaction or VACUUM. Nothing changed."
 
 
 def left_of(budget_ms: int) -> sql.Composable:
-    """What is left of the budget since the message arrived becomes the limit of the next statement."""
+    """What is left of the budget since the message arrived becomes the limit of the next statement.
+
+    Nothing left is the end (QueryCanceled): else many short statements would each have their millisecond.
+    """
+    return sql.SQL("SELECT {} FROM ({}) AS rest").format(_LIMIT, _left(budget_ms))
+
+
+def _left_for_work(budget_ms: int) -> sql.Composable:
+    """As `left_of`, and a lock that the statement waits for from its beginning is given up a tenth earlier.
+
+    So it ends as LockNotAvailable: after QueryCanceled nobody can tell waiting from working.
+    """
+    return sql.SQL("SELECT {}, set_config('lock_timeout', greatest(1, ms - {})::text, true) FROM ({}) AS rest").format(
+        _LIMIT, sql.Literal(max(1, budget_ms // 10)), _left(budget_ms)
+    )
+
+
+_LIMIT: Final = sql.SQL(
+    "CASE WHEN ms < 1 THEN pg_cancel_backend(pg_backend_pid())::text"
+    " ELSE set_config('statement_timeout', ms::text, true) END"
+)
+
+
+def _left(budget_ms: int) -> sql.Composable:
     return sql.SQL(
-        "SELECT set_config('statement_timeout', greatest(1, {} - 1000 * extract(epoch FROM clock_timestamp()"
-        " - statement_timestamp()))::int::text, true)"
+        "SELECT ({} - 1000 * extract(epoch FROM clock_timestamp() - statement_timestamp()))::int AS ms"
     ).format(sql.Literal(budget_ms))
 
 

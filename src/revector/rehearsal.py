@@ -6,8 +6,6 @@ trigger in place, and how long the short locks last on this table. Nothing is em
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -90,7 +88,7 @@ def _control(
     failing: list[tuple[str, str]] = []
     for verb, statement in writes:
         try:
-            with _rolled_back(session):
+            with session.rolled_back():
                 session.message([*_begin(session, limit_ms), *_undone(statement), sql.SQL("ROLLBACK")])
             well.append((verb, statement))
         except psycopg.Error as error:
@@ -111,7 +109,7 @@ def _sent(session: Session, plan: Plan, statements: list[sql.Composable], limit_
 
     session.connection.add_notice_handler(heard)
     try:
-        with _rolled_back(session):
+        with session.rolled_back():
             session.message(statements)
     except psycopg.Error as error:
         if error.sqlstate in _LIMITS:
@@ -126,16 +124,6 @@ def _sent(session: Session, plan: Plan, statements: list[sql.Composable], limit_
     finally:
         session.connection.remove_notice_handler(heard)
     return _lasted(seen)
-
-
-@contextmanager
-def _rolled_back(session: Session) -> Iterator[None]:
-    """After an error inside a message its ROLLBACK was not reached."""
-    try:
-        yield
-    finally:
-        if not session.connection.closed and session.connection.info.transaction_status != 0:
-            session.connection.rollback()
 
 
 def _begin(session: Session, limit_ms: int) -> list[sql.Composable]:

@@ -38,6 +38,7 @@ from revector.errors import PauseBudgetMissed, Refused, UsageError
 from revector.maintenance import uninstall
 from revector.migration import Exposed
 from revector.settings import Settings
+from revector.work import Effect
 
 G1, G2 = "rv_kb_g1,public", "rv_kb_g2,public"
 BOTH = [(OLD, G1), (NEW, G2)]
@@ -499,6 +500,72 @@ def test_a_reader_that_stays_delays_but_breaks_nothing(dsn: str, connection: psy
         client.execute("COMMIT")
     give(dsn, "finalize")
     assert_no_leftovers(connection)
+
+
+def granted(connection: psycopg.Connection[Any], count: int) -> list[str]:
+    """So many roles that may read the table: each is a statement of expose."""
+    roles = [f"reader_{connection.info.dbname}_{number}" for number in range(count)]
+    for role in roles:
+        connection.execute(f"CREATE ROLE {role}")  # type: ignore[arg-type]
+        connection.execute(f"GRANT SELECT ON kb TO {role}")  # type: ignore[arg-type]
+    return roles
+
+
+def test_long_work_that_nobody_waits_for_has_no_limit(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A first view, or new grants on one, lock nothing that anybody reads: 150 granted roles need no larger budget."""
+    knowledge_base(connection, 5)
+    advance(dsn, "VERIFIED")
+    roles = granted(connection, 150)
+    try:
+        expose(dsn, without_follower=True, limits=PauseLimits(10, 3))
+        connection.execute(f"REVOKE SELECT ON kb FROM {roles[0]}")  # type: ignore[arg-type]
+        expose(dsn, refresh=True, without_follower=True, limits=PauseLimits(10, 3))
+    finally:
+        for role in roles:
+            connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")  # type: ignore[arg-type]
+
+
+def test_table_that_is_locked_delays_a_first_view(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """No view of ours is in the way then: the holder of the table is named."""
+    knowledge_base(connection, 5)
+    advance(dsn, "VERIFIED")
+    told: list[str] = []
+
+    def heard(seen: object) -> None:
+        if isinstance(seen, Effect) and seen.step == "expose":
+            holder.execute("LOCK TABLE kb IN ACCESS EXCLUSIVE MODE")
+        told.append(str(seen))
+
+    with (
+        psycopg.connect(dsn, application_name="somebody's DDL") as holder,
+        steering(dsn, observe=heard) as migration,
+        pytest.raises(PauseBudgetMissed, match="no attempt of 2 got the lock within 50 ms") as caught,
+    ):
+        migration.expose(without_follower=True, limits=PauseLimits(50, 2))
+    assert "CREATE OR REPLACE VIEW" in caught.value.why and "In the way: session " in caught.value.why
+    assert "somebody's DDL" in caught.value.why and not any("view was busy" in note for note in told)
+
+
+def test_view_whose_work_is_too_much_is_no_busy_view(dsn: str, connection: psycopg.Connection[Any]) -> None:
+    """A view that is replaced is away until its grants are back: too many of them are told with a budget that fits."""
+    knowledge_base(connection, 5)
+    advance(dsn, "VERIFIED")
+    expose(dsn, without_follower=True)
+    connection.execute("ALTER TABLE kb ADD COLUMN tag text")
+    roles = granted(connection, 600)
+    told: list[str] = []
+    try:
+        with (
+            steering(dsn, observe=lambda seen: told.append(str(seen))) as migration,
+            pytest.raises(PauseBudgetMissed, match=r"the lock was had after .* but the work under it needs") as caught,
+        ):
+            migration.expose(refresh=True, without_follower=True, limits=PauseLimits(50, 3))
+        assert caught.value.fits_ms is not None and not any("busy" in note for note in told)
+        expose(dsn, refresh=True, without_follower=True, limits=PauseLimits(caught.value.fits_ms, 3))
+        assert one(connection, "SELECT count(tag) FROM rv_kb_g1.kb") == 0
+    finally:
+        for role in roles:
+            connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("how", ["drop", "refresh"])

@@ -57,8 +57,8 @@ def run(work: Work, *, back: bool = False) -> Outcome:
         *_move_cluster_mark(work, outgoing, incoming),
     ]
     name = "rollback" if back else "cutover"
-    stages = ("CUT_OVER", "SERVED") if back else ("SERVED", "CUT_OVER")
-    pause = work.pause(name, statements, checks=checks, stages=stages[:1], stage=stages[1])
+    before, after = ("CUT_OVER", "SERVED") if back else ("SERVED", "CUT_OVER")
+    pause = work.pause(name, statements, checks=checks, stages=[before], stage=after)
     figures = {
         "pause_ms": round(pause.total_ms, 1),
         "wait_ms": round(pause.wait_ms, 1),

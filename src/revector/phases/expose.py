@@ -7,23 +7,18 @@ and rollback. Views, grants and ledger rows are one message: a crash leaves all 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from psycopg import errors as pg
 from psycopg import sql
 
 from revector.catalog import Table
-from revector.db import PauseLimits, Session, block, in_the_way, left_of
-from revector.errors import PauseBudgetMissed, Refused
+from revector.db import PauseLimits, Session, block, in_attempts
+from revector.errors import Refused
 from revector.plan import ExposedView
 from revector.work import Effect, Note, Observer, Outcome, Recorded
 
-#: Between two attempts at a view that somebody reads, in seconds.
-_GAP: Final = 0.2
 #: What a view cannot do, and the way round.
 LIMITS: Final = (
     ("ON CONFLICT ON CONSTRAINT", "name the columns of the key: ON CONFLICT (COLUMN, ...)"),
@@ -91,7 +86,7 @@ def run(
             shut_out |= dict.fromkeys(_shut_out(session, table, present))
             continue
         schema = present.schema if present is not None and present.schema else side.schema
-        statements = _statements(session, table, side, schema, present, shown, fresh=fresh)
+        drops, statements = _statements(session, table, side, schema, present, shown, fresh=fresh)
         figures: dict[str, object] = {"schema": schema, "generation": side.number}
         statements += [
             ledger.own_view_sql(side.number, schema, table.name, migration),
@@ -99,7 +94,7 @@ def run(
         ]
         views = [sql.Identifier(present.schema, present.view)] if present and present.schema and present.view else []
         observe(Effect("expose"))
-        _patiently(session, statements, views, table.identifier, limits, observe)
+        _patiently(session, drops, statements, views, table.identifier, limits, observe)
         observe(Recorded("expose", figures))
         made.append(schema)
     told = f"{', '.join(made)} made {'anew' if refresh and known else 'and granted'}" if made else "the views are there"
@@ -224,6 +219,7 @@ def drop(
 ) -> list[str]:
     """Drop views with their schemas, all at once; what is not ours in a schema stays, and the schema with it."""
     gone: list[str] = []
+    drops: list[sql.Composable] = []
     statements: list[sql.Composable] = []
     locked: list[sql.Composable] = []
     for view in views:
@@ -232,20 +228,21 @@ def drop(
             continue
         if view.view is not None:
             locked.append(sql.Identifier(view.schema, view.view))
-            statements.append(block("phases/expose", "drop_view", view=locked[-1]))
+            drops.append(block("phases/expose", "drop_view", view=locked[-1]))
         if not others:
             statements.append(block("phases/expose", "drop_schema", schema=sql.Identifier(view.schema)))
             gone.append(view.schema)
     figures: dict[str, object] = {"dropped": gone}
     statements += [*(ledger.disown_view_sql(view.number) for view in views), *ledger.record_sql(step, figures)]
     observe(Effect(step))
-    _patiently(session, statements, locked, None, limits, observe)
+    _patiently(session, drops, statements, locked, None, limits, observe)
     observe(Recorded(step, figures))
     return gone
 
 
 def _patiently(
     session: Session,
+    drops: Sequence[sql.Composable],
     statements: Sequence[sql.Composable],
     views: Sequence[sql.Composable],
     table: sql.Composable | None,
@@ -254,29 +251,22 @@ def _patiently(
 ) -> None:
     """Effect and ledger rows in one message; whoever reads a view waits for all of it no longer than the budget.
 
-    Each lock has what the ones before it have left: a lock_timeout alone would grant the whole budget to every view,
-    and the reader of the first would wait for the sum. (LOCK TABLE of a view would lock the table as well.)
+    The drops come first: they are the locks. (LOCK TABLE of a view would lock the table as well.) Without them nobody
+    can wait for us, and what follows may take its time.
     """
-    attempt = [
-        sql.SQL("BEGIN"),
-        sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(f"{limits.budget_ms}ms")),
-        *(part for statement in statements for part in (left_of(limits.budget_ms), statement)),
-        sql.SQL("COMMIT"),
-    ]
-    why = ""
-    for number in range(1, limits.attempts + 1):
-        with suppress(pg.LockNotAvailable, pg.QueryCanceled):
-            try:
-                session.message(attempt)
-                return
-            finally:
-                if not session.connection.closed and session.connection.info.transaction_status != 0:
-                    session.connection.rollback()
-        why = in_the_way(session, views, [] if table is None else [table])
-        observe(Note(f"attempt {number} of {limits.attempts}: a view was busy. {why}"))
-        if number < limits.attempts:
-            time.sleep(_GAP)
-    raise PauseBudgetMissed(f"no attempt of {limits.attempts} got the lock within {limits.budget_ms} ms", why=why)
+    with session.rolled_back():
+        in_attempts(
+            session,
+            drops,
+            statements,
+            limits=limits,
+            begin=sql.SQL("BEGIN"),
+            undo=sql.SQL("ROLLBACK"),
+            busy="a view",
+            locked=views,
+            read=[] if table is None else [table],
+            observe=lambda text: observe(Note(text)),
+        )
 
 
 def search_path(session: Session, *schemas: str) -> str:
@@ -304,10 +294,11 @@ def _statements(
     shown: Sequence[tuple[int, str, str]],
     *,
     fresh: bool,
-) -> list[sql.Composable]:
-    """Everything that makes, or makes anew, one generation's view."""
+) -> tuple[list[sql.Composable], list[sql.Composable]]:
+    """Everything that makes, or makes anew, one generation's view: what has to go first, and the rest."""
     names = {"schema": sql.Identifier(schema), "view": sql.Identifier(schema, table.name)}
     me = sql.SQL("CURRENT_USER")
+    drops: list[sql.Composable] = []
     statements: list[sql.Composable] = []
     if present is None or present.schema is None:
         comment = sql.Literal(f"revector: {table.name} as generation {side.number} ({side.model}) has it")
@@ -324,11 +315,11 @@ def _statements(
             hint=f"rename or drop it, then: revector expose {table.name} --refresh",
         )
     if present is not None and present.schema and present.view and present.view != table.name:
-        statements.append(block("phases/expose", "drop_view", view=sql.Identifier(present.schema, present.view)))
+        drops.append(block("phases/expose", "drop_view", view=sql.Identifier(present.schema, present.view)))
     if not fresh:
         if there is not None:
             # CREATE OR REPLACE can only append; another shape of table needs another view.
-            statements.append(block("phases/expose", "drop_view", view=names["view"]))
+            drops.append(block("phases/expose", "drop_view", view=names["view"]))
         selected = sql.SQL(", ").join(
             sql.SQL("t.{}").format(sql.Identifier(given))
             if given == name
@@ -363,7 +354,7 @@ def _statements(
     roles = dict.fromkeys(row.role for row in granted)
     statements += [block("phases/expose", "grant_usage", schema=names["schema"], role=_role(role)) for role in roles]
     statements.append(block("phases/expose", "usage_only", schema=names["schema"], role=me))
-    return statements
+    return drops, statements
 
 
 def _role(name: str | None) -> sql.Composable:
