@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,10 @@ from revector.embed import Embedder
 from revector.embed.hashing import Hashing
 from revector.embedded import Server
 from revector.errors import KeyRejected, Outage
-from revector.follow import Follower
+from revector.follow import Follower, managed
 from revector.migration import Alert
+from revector.phases import backfill
+from revector.phases.backfill import Filler
 from revector.work import Health, Observation
 
 ALL = {"embedding": NEW, "embedding_g1": OLD}
@@ -463,3 +465,63 @@ def test_a_lock_that_is_not_to_be_had_is_no_lost_database(
         assert before <= set(one(connection, sessions))
     assert not [s for s in seen if "lost" in str(s)]
     assert_exact(connection, "kb", "content", ALL)
+
+
+def test_a_row_that_moves_during_a_walk_is_met_by_it(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow model, and an update of another column meanwhile: where rows are pending is read again every second."""
+    knowledge_base(connection, 12)
+    advance(dsn, "CUT_OVER")
+    monkeypatch.setattr(backfill, "_FILL_LIMIT", 4)
+    original, walks = Filler._fill, []
+
+    def slow(self: Filler, *args: Any) -> int:
+        walks.append(args)
+        if len(walks) == 1:
+            connection.execute("UPDATE kb SET note = 'moved' WHERE id IN (6, 9)")
+            time.sleep(1.1)
+        return original(self, *args)
+
+    monkeypatch.setattr(Filler, "_fill", slow)
+    with filling(dsn, connection) as filler, psycopg.connect(dsn) as old:
+        old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        old.execute("SELECT count(*) FROM kb")  # nothing is pruned: a row moves on, not back
+        connection.execute("UPDATE kb SET content = content || ' edited'")
+        assert filler.walk() == 12
+    assert_exact(connection, "kb", "content", ALL)
+
+
+def test_places_are_read_in_pieces_of_what_memory_holds(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generations lack vectors in different rows, so that the pieces end at different places, and rows move."""
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER")
+    connection.execute("SET revector.writer = 'on'")
+    connection.execute("UPDATE kb SET embedding = NULL WHERE id % 3 = 0")
+    connection.execute("UPDATE kb SET embedding_g1 = NULL WHERE id % 2 = 0 OR id > 16")
+    monkeypatch.setattr(backfill, "_PLACES", 3)
+    monkeypatch.setattr(backfill, "_FILL_LIMIT", 2)
+    original, batches = Filler._fill, []
+
+    def moving(self: Filler, leaf: Any, batch: list[Any], needed: Any) -> int:
+        batches.append(len(batch))
+        connection.execute("UPDATE kb SET note = note || 'm' WHERE id = %s", (len(batches),))
+        return original(self, leaf, batch, needed)
+
+    monkeypatch.setattr(Filler, "_fill", moving)
+    fill(dsn, connection)
+    assert len(batches) > 6 and max(batches) == 2
+    assert_exact(connection, "kb", "content", ALL, at_least=20)
+
+
+@contextmanager
+def filling(dsn: str, connection: psycopg.Connection[Any]) -> Iterator[Filler]:
+    """The filler of a follower that is not running, to be driven step by step."""
+    follower = Follower(settings(dsn), oid_of(connection))
+    with Database(settings(dsn)).connect("control") as control:
+        found = follower._work(control)
+        assert found is not None
+        with closing(follower), Filler(found[1], managed(found[0]), enduring=True, paced=True) as filler:
+            yield filler

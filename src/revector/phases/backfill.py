@@ -50,6 +50,10 @@ _NOTED_EVERY: Final = 2.0
 _FILL_LIMIT: Final = 256
 #: A walk holds so many places of pending rows in memory: each reading of the pending index sorts all that is in it.
 _PLACES: Final = 50_000
+#: Rows move while they are listed: a list of places is used for so many seconds, or for so many times what its reading
+#: took, so that reading costs a small share of a walk however much is pending.
+_LISTED: Final = 1.0
+_LISTED_TIMES: Final = 10
 #: Seconds after the first look at every row within which `refresh` must catch the last stale one.
 _REFRESH_PATIENCE: Final = 60.0
 #: A model that fails is asked again after so many seconds, and after twice as many each time, up to so many.
@@ -818,14 +822,24 @@ class Filler:
         }
 
     def _walk(self, leaf: Leaf, numbers: Sequence[int], names: Mapping[int, sql.Identifier]) -> int:
-        """Walk through one leaf: where rows are pending is read at once, what they hold batch by batch."""
+        """Walk through one leaf: where rows are pending is read for a second or more, what they hold batch by batch."""
         written, after = 0, (0, 0)
+        ahead: set[tuple[int, int]] = set()
         # What is written behind the present end is for the next walk: writers as fast as the model must not hold us.
         end_block = _blocks(self.reader, leaf)
         try:
             while True:
+                asked = time.monotonic()
                 places, last = self._places(leaf, numbers, names, after, end_block)
+                read = time.monotonic()
+                # What has left its place may be pending where this walk has been already.
+                self._skipped += len(ahead.difference(places))
+                soon = read + _LISTED_TIMES * (read - asked)
+                until, moved = max(soon, read + _LISTED), False
                 while places:
+                    # Who has met a row's empty place looks for the row as soon as the share allows.
+                    if time.monotonic() >= (soon if moved else until):
+                        break
                     limit = min(_FILL_LIMIT, (self.work.throttle.most() if self.paced else None) or _FILL_LIMIT)
                     some, places = places[:limit], places[limit:]
                     if self.work.stop():
@@ -833,6 +847,7 @@ class Filler:
                     batch = self._texts(leaf, numbers, names, some)
                     # A row that has left its place may be pending at another one, which this walk does not meet.
                     self._skipped += len(some) - len(batch)
+                    moved, after = moved or len(batch) < len(some), some[-1]
                     if not batch:
                         continue
                     now = time.monotonic()
@@ -847,9 +862,12 @@ class Filler:
                     self.work.throttle.wrote(count)
                     if all(number in self.troubles for number in numbers):
                         return written
-                if last is None:
-                    return written
-                after = last
+                else:
+                    if last is None:
+                        return written
+                    # Who is pending beyond what was listed may come to be behind us unseen.
+                    after, self._skipped = last, self._skipped + 1
+                ahead = set(places)
         except Detached:
             return written
 
