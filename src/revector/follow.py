@@ -34,6 +34,8 @@ from revector.work import Health, Note, Observer, Progress, Work, checked_models
 POLL: Final = 0.5
 BEAT: Final = 2.0
 HEALTH: Final = 60.0
+#: A walk through many pending rows is cut after so many seconds, to say how it goes and to look at the stage.
+TURN: Final = 2.0
 #: A loop that has not come round for so long is not alive, whatever its heartbeat thread says.
 _STUCK: Final = 120.0
 #: Seconds between two attempts to come back: the first, and the longest.
@@ -219,12 +221,15 @@ class Follower:
                         filler = Filler(work, numbers, enduring=True, paced=True)
                         proven = False
                     assert filler is not None
-                    if not proven and row.stage.reached(Stage.INDEXED):
+                    begins = not proven and row.stage.reached(Stage.INDEXED)
+                    if begins:
                         # Who is counted on must be able to embed, not only to wait; a swap counts on both models.
                         filler.prove([row.plan.old.number, row.plan.new.number])
                         proven = True
                     try:
                         trigger.check(control, row.plan)
+                        if begins and not filler.troubles:
+                            self._stand(active=True, trouble="")  # whatever its first walk finds to do
                         # Before that the sweeps fill the candidate, and there is no index to poll.
                         written = self._walk(filler) if row.stage.reached(Stage.INDEXED) else 0
                     except Refused:
@@ -246,7 +251,8 @@ class Follower:
                         self.observe(Progress("follow", self.filled, self.filled, "rows filled"))
                     self._tell_health(filler, counted=row.stage.reached(Stage.INDEXED))
                     self._turned = time.monotonic()
-                    self._rest(POLL)
+                    if not filler.cut:
+                        self._rest(POLL)
             finally:
                 self._stand(active=False)
                 if filler is not None:
@@ -275,7 +281,7 @@ class Follower:
     def _walk(self, filler: Filler) -> int:
         """One walk; a swap or a closing that comes in its way is seen on the next turn."""
         try:
-            return filler.walk()
+            return filler.walk(TURN)
         except (pg.UndefinedColumn, pg.UndefinedTable, Closing):
             return 0
 

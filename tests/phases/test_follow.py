@@ -525,3 +525,46 @@ def filling(dsn: str, connection: psycopg.Connection[Any]) -> Iterator[Filler]:
         assert found is not None
         with closing(follower), Filler(found[1], managed(found[0]), enduring=True, paced=True) as filler:
             yield filler
+
+
+def test_a_follower_with_much_to_do_is_counted_and_says_how_late_it_is(
+    dsn: str, connection: psycopg.Connection[Any]
+) -> None:
+    """Its first walk alone would take 12 s: who is filling is alive, and rows that it has not come to wait."""
+    knowledge_base(connection, 600, index=None)
+    advance(dsn, "CUT_OVER")
+    connection.execute("UPDATE kb SET content = content || ' edited'")
+    with steering(dsn) as migration:
+        migration.tune({"max_rows_per_second": 50})
+    pending = "SELECT count(*) FROM kb WHERE embedding IS NULL"
+    with following(dsn, connection):
+        assert one(connection, pending) > 400
+        assert not alerts(dsn)
+        until(lambda: one(connection, "SELECT oldest FROM revector.heartbeats") > 4)
+        assert one(connection, pending) > 100
+        until(lambda: not one(connection, pending))
+        until(lambda: one(connection, "SELECT oldest FROM revector.heartbeats") == 0)
+    assert_exact(connection, "kb", "content", ALL)
+
+
+def test_a_walk_that_is_cut_goes_on_where_it_ended(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locked rows keep their age and nobody waiting; only a whole way without them settles what a swap left open."""
+    knowledge_base(connection, 12)
+    advance(dsn, "CUT_OVER")
+    connection.execute("UPDATE revector.generations SET swapped = pg_current_xact_id()::xid, settled = false")
+    connection.execute("UPDATE kb SET content = content || ' edited'")
+    settled = "SELECT bool_and(settled) FROM revector.generations"
+    monkeypatch.setattr(backfill, "_FILL_LIMIT", 4)
+    with filling(dsn, connection) as filler:
+        with psycopg.connect(dsn) as other:
+            other.execute("SELECT FROM kb WHERE id < 4 FOR UPDATE")
+            assert [(filler.walk(0.0), filler.cut) for _ in range(4)] == [(0, True), (4, True), (4, False), (0, False)]
+            time.sleep(0.5)
+            assert filler.walk(0.0) == 0 and filler.oldest() > 0.5
+        assert not one(connection, settled)
+        assert filler.walk(0.0) == 4 and not filler.cut
+        assert one(connection, settled)
+        assert filler.oldest() == 0
+    assert_exact(connection, "kb", "content", ALL)

@@ -682,6 +682,28 @@ class Trouble:
     again: float
 
 
+@dataclass(slots=True)
+class _Way:
+    """One way through all that is pending in some generations: where a walk is cut short, the next one goes on."""
+
+    #: (leaf, place, hash of the text) -> when a look found it pending first: on the way before, and on this one.
+    seen: dict[tuple[int, str, int], float] = field(default_factory=dict)
+    met: dict[tuple[int, str, int], float] = field(default_factory=dict)
+    #: The leaf that it has come to (0: it has not begun), the place in it, and the leaf's blocks when it came there.
+    leaf: int = 0
+    after: tuple[int, int] = (0, 0)
+    end: int = 0
+    #: Places ahead in this leaf -> when they were listed first.
+    ahead: dict[tuple[int, int], float] = field(default_factory=dict)
+    #: The swap that was not settled when it began, and how many rows it has not filled since, or may have missed.
+    swapped: str | None = None
+    skipped: int = 0
+
+    def comes_to(self, leaf: int, end: int = 0) -> None:
+        """Begin with a leaf; 0: it is through, and the next walk begins anew."""
+        self.leaf, self.after, self.end, self.ahead = leaf, (0, 0), end, {}
+
+
 class Filler:
     """Fills pending rows of the managed generations through their pending indexes: catch-up and follower share it."""
 
@@ -695,11 +717,10 @@ class Filler:
         self.enduring = enduring
         #: Generation number -> what is wrong with its model. Who does not endure is told when all else is written.
         self.troubles: dict[int, Trouble] = {}
-        #: (leaf, place, hash of the text) -> when a look found it pending first; those of the last walk alone.
-        self.seen: dict[tuple[int, str, int], float] = {}
-        self._met: dict[tuple[int, str, int], float] = {}
-        #: Rows that the last walk met and did not fill.
-        self._skipped = 0
+        #: Generations -> the way through what is pending in them. A model that fails has one of its own.
+        self._ways: dict[tuple[int, ...], _Way] = {}
+        #: Whether the last walk ended because its time was up.
+        self.cut = False
         self.reader = work.database.connect("follower", enable_seqscan="off")
         self._writer = writer(work, **_BY_PLACE)
         self.session = self._writer.__enter__()
@@ -739,32 +760,46 @@ class Filler:
         )
         return int(self.reader.value(statement, migration=self.work.ledger.migration, generation=number, limit=limit))
 
-    def walk(self) -> int:
+    def walk(self, within: float | None = None) -> int:
         """One walk through all that is pending now, leaf by leaf in heap order; returns the rows written.
 
-        A locked row is skipped and met again on the next walk, so a locked head cannot starve the rest. A model that
-        fails keeps nobody from the other generation's rows. Raises what failed, at the end, unless this endures.
+        After `within` seconds it ends, and the next walk goes on there: whoever is pending behind it is met when it
+        begins anew. A locked row is skipped and met again on the next way, so a locked head cannot starve the rest. A
+        model that fails keeps nobody from the other generation's rows. Raises what failed, at the end, unless this endures.
         """
-        self._met, self._skipped = {}, 0
-        ledger = self.work.ledger_on(self.session)
-        swapped = ledger.unsettled(self.work.plan.old.number)
+        self.cut = False
+        swapped = self.work.ledger_on(self.session).unsettled(self.work.plan.old.number)
         due = [number for number in self.troubles if time.monotonic() >= self.troubles[number].again]
-        sound = [number for number in self.numbers if number not in self.troubles]
-        try:
-            written = self._walk_all(sound) if sound else 0
-            for number in due:
-                if number in self.numbers:
-                    written += self._walk_all([number])
-                else:  # counted on, though not filled yet
-                    self._prove(number)
-        finally:
-            self.seen = self._met
-        if self.troubles and not self.enduring:
-            raise self.troubles.popitem()[1].error
+        sound = tuple(number for number in self.numbers if number not in self.troubles)
+        self._part_ways([sound, *((number,) for number in self.troubles)])
+        walked = [sound] if sound else []
+        written = self._walk_all(sound, swapped, within) if sound else 0
+        for number in due:
+            if number in self.numbers:
+                walked.append((number,))
+                written += self._walk_all((number,), swapped, within)
+            else:  # counted on, though not filled yet
+                self._prove(number)
+        if self.troubles:
+            if not self.enduring:
+                raise self.troubles.popitem()[1].error
+            for way in self._ways.values():
+                way.skipped += 1
+            return written
         # What was pending at the swap is no sign of the old side; a row that was locked may still be such a one.
-        if swapped is not None and not self.troubles and not self._skipped and not self.work.stop():
-            ledger.settle_swap(swapped)
+        ways = [self._ways[numbers] for numbers in walked]
+        if swapped is not None and all(not w.leaf and not w.skipped and w.swapped == swapped for w in ways):
+            self.work.ledger_on(self.session).settle_swap(swapped)
         return written
+
+    def _part_ways(self, wanted: Sequence[tuple[int, ...]]) -> None:
+        """A model that fails, or answers again, changes who is filled together; since when rows wait is kept."""
+        known: dict[tuple[int, str, int], float] = {}
+        for numbers in [numbers for numbers in self._ways if numbers not in wanted]:
+            way = self._ways.pop(numbers)
+            known |= way.seen | way.met
+        for numbers in wanted:
+            self._ways.setdefault(numbers, _Way(seen=dict(known)))
 
     def prove(self, numbers: Sequence[int]) -> None:
         """Load and check these models now, so that whoever counts on this counts on models that answer."""
@@ -783,18 +818,40 @@ class Filler:
 
     def oldest(self) -> float:
         """Seconds since a look first found something pending that is not filled yet; 0: nothing waits."""
-        first = [*self.seen.values(), *(trouble.since for trouble in self.troubles.values())]
+        first = [trouble.since for trouble in self.troubles.values()]
+        for way in self._ways.values():
+            first += [*way.seen.values(), *way.met.values(), *way.ahead.values()]
         return max(0.0, time.monotonic() - min(first)) if first else 0.0
 
-    def _walk_all(self, numbers: Sequence[int]) -> int:
+    def _walk_all(self, numbers: tuple[int, ...], swapped: str | None, within: float | None) -> int:
+        way, until = self._ways[numbers], None if within is None else time.monotonic() + within
         names = self._names()
-        if not self.work.plan.partitioned:
-            return self._walk(self._table, numbers, names)
-        leaves = self.work.leaves(self.reader)
+        leaves = self.work.leaves(self.reader) if self.work.plan.partitioned else (self._table,)
+        here = [n for n, leaf in enumerate(leaves) if leaf.oid == way.leaf]
+        if not here:
+            way.comes_to(0)
+            way.swapped, way.skipped = swapped, 0
+        ahead = leaves[here[0] :] if here else leaves
         if len(leaves) > 1:
-            waiting = self._waiting(numbers, names)
-            leaves = tuple(leaf for leaf in leaves if leaf.oid in waiting)
-        return sum(self._walk(leaf, numbers, names) for leaf in leaves)
+            waiting = self._waiting(numbers, names) | {way.leaf}
+            ahead = tuple(leaf for leaf in ahead if leaf.oid in waiting)
+        before = self.written
+        for n, leaf in enumerate(ahead):
+            if leaf.oid != way.leaf:
+                # What is written behind the present end is for the next way: writers as fast as the model must not hold us.
+                way.comes_to(leaf.oid, _blocks(self.reader, leaf))
+                if n and self._over(until):
+                    break
+            if not self._walk(way, leaf, numbers, names, until):
+                break
+        else:
+            way.comes_to(0)
+            way.seen, way.met = way.met, {}
+        return self.written - before
+
+    def _over(self, until: float | None) -> bool:
+        self.cut = self.cut or (until is not None and time.monotonic() >= until)
+        return self.cut
 
     def _names(self) -> dict[int, sql.Identifier]:
         """Generation number -> the name that its column has now, from the server's caches: an idle look reads little."""
@@ -821,55 +878,63 @@ class Filler:
             for row in self.reader.rows(block("phases/backfill", "waiting", column=names[number], **parts))
         }
 
-    def _walk(self, leaf: Leaf, numbers: Sequence[int], names: Mapping[int, sql.Identifier]) -> int:
-        """Walk through one leaf: where rows are pending is read for a second or more, what they hold batch by batch."""
-        written, after = 0, (0, 0)
-        ahead: set[tuple[int, int]] = set()
-        # What is written behind the present end is for the next walk: writers as fast as the model must not hold us.
-        end_block = _blocks(self.reader, leaf)
+    def _walk(
+        self, way: _Way, leaf: Leaf, numbers: Sequence[int], names: Mapping[int, sql.Identifier], until: float | None
+    ) -> bool:
+        """Go on through one leaf: where rows are pending is read for a second or more, what they hold batch by batch.
+
+        Returns whether the leaf's end was reached.
+        """
         try:
             while True:
                 asked = time.monotonic()
-                places, last = self._places(leaf, numbers, names, after, end_block)
+                places, last = self._places(leaf, numbers, names, way.after, way.end)
                 read = time.monotonic()
-                # What has left its place may be pending where this walk has been already.
-                self._skipped += len(ahead.difference(places))
+                before, way.ahead = way.ahead, {place: way.ahead.get(place, read) for place in places}
+                # What has left its place may be pending where this way has been already.
+                way.skipped += len(before.keys() - way.ahead.keys())
                 soon = read + _LISTED_TIMES * (read - asked)
-                until, moved = max(soon, read + _LISTED), False
+                good, moved = max(soon, read + _LISTED), False
                 while places:
                     # Who has met a row's empty place looks for the row as soon as the share allows.
-                    if time.monotonic() >= (soon if moved else until):
+                    if time.monotonic() >= (soon if moved else good):
                         break
                     limit = min(_FILL_LIMIT, (self.work.throttle.most() if self.paced else None) or _FILL_LIMIT)
                     some, places = places[:limit], places[limit:]
                     if self.work.stop():
-                        return written
+                        return False
                     batch = self._texts(leaf, numbers, names, some)
-                    # A row that has left its place may be pending at another one, which this walk does not meet.
-                    self._skipped += len(some) - len(batch)
-                    moved, after = moved or len(batch) < len(some), some[-1]
-                    if not batch:
-                        continue
-                    now = time.monotonic()
-                    for key in [(leaf.oid, r.tid, r.hash) for r in batch]:
-                        self._met[key] = self.seen.get(key, now)
-                    if self.paced and not self._may_write():
-                        self._skipped += len(batch)
-                        return written
-                    needed = {number: {r.tid for r in batch if number in r.needed} for number in numbers}
-                    written += (count := self._fill(leaf, batch, needed))
-                    self._skipped += len(batch) - count
-                    self.work.throttle.wrote(count)
-                    if all(number in self.troubles for number in numbers):
-                        return written
+                    # A row that has left its place may be pending at another one, which this way does not meet.
+                    way.skipped += len(some) - len(batch)
+                    moved = moved or len(batch) < len(some)
+                    if batch:
+                        now = time.monotonic()
+                        keys = [(leaf.oid, r.tid, r.hash) for r in batch]
+                        for key in keys:
+                            way.met[key] = way.met.get(key) or way.seen.pop(key, way.ahead.get(_place(key[1]), now))
+                        if self.paced and not self._may_write():
+                            return False
+                        needed = {number: {r.tid for r in batch if number in r.needed} for number in numbers}
+                        count = self._fill(leaf, batch, needed)
+                        way.skipped += len(batch) - count
+                        if count == len(batch) and not self.troubles.keys() & set(numbers):
+                            for key in keys:
+                                del way.met[key]
+                        self.work.throttle.wrote(count)
+                    way.after = some[-1]
+                    for place in some:
+                        del way.ahead[place]
+                    if all(number in self.troubles for number in numbers) or (places and self._over(until)):
+                        return False
                 else:
                     if last is None:
-                        return written
+                        return True
                     # Who is pending beyond what was listed may come to be behind us unseen.
-                    after, self._skipped = last, self._skipped + 1
-                ahead = set(places)
+                    way.after, way.skipped = last, way.skipped + 1
+                    if self._over(until):
+                        return False
         except Detached:
-            return written
+            return True
 
     def _wanted(self, numbers: Sequence[int]) -> list[int]:
         return [number for number in numbers if number not in self.troubles or len(numbers) == 1]
