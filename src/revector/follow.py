@@ -36,6 +36,8 @@ BEAT: Final = 2.0
 HEALTH: Final = 60.0
 #: A walk through many pending rows is cut after so many seconds, to say how it goes and to look at the stage.
 TURN: Final = 2.0
+#: Somebody's DDL is waited for so long; then the other partitions' rows have their turn.
+_PATIENCE: Final = 1.0
 #: A loop that has not come round for so long is not alive, whatever its heartbeat thread says.
 _STUCK: Final = 120.0
 #: Seconds between two attempts to come back: the first, and the longest.
@@ -218,7 +220,7 @@ class Follower:
                         numbers = managed(row)
                         if filler is not None:
                             filler.close()
-                        filler = Filler(work, numbers, enduring=True, paced=True)
+                        filler = Filler(work, numbers, enduring=True, paced=True, patience=_PATIENCE)
                         proven = False
                     assert filler is not None
                     begins = not proven and row.stage.reached(Stage.INDEXED)
@@ -297,7 +299,10 @@ class Follower:
         barred = [filler.troubles[number].error for number in filler.numbers if number in filler.troubles]
         if len(barred) == len(filler.numbers) and not any(isinstance(error, Resumable) for error in barred):
             raise barred[0]
-        self._stand(active=True, trouble="; ".join(f"{error}. {error.why}".rstrip(". ") for error in errors))
+        troubles = [f"{error}. {error.why}".rstrip(". ") for error in errors]
+        if locked := filler.locked():
+            troubles.append(f"{', '.join(locked)} {'is' if len(locked) == 1 else 'are'} locked by somebody's DDL")
+        self._stand(active=True, trouble="; ".join(troubles))
 
     def _stand(self, *, active: bool, trouble: str | None = None) -> None:
         """How it stands now; the heartbeat tells a change at once, for others wait for it. Trouble None: as before."""
@@ -326,7 +331,8 @@ class Follower:
         if (before, why) == (state, self.trouble) and time.monotonic() - at < self.health_every:
             return
         try:
-            pending = sum(filler.pending(number, _MANY) for number in filler.numbers) if counted else None
+            countable = counted and not filler.locked()
+            pending = sum(filler.pending(number, _MANY) for number in filler.numbers) if countable else None
         except (pg.UndefinedColumn, pg.UndefinedTable, pg.LockNotAvailable):
             return  # a swap or somebody's DDL came between; the next turn tells
         failures = sum(len(filler.work.ledger.failures(number)) for number in filler.numbers)

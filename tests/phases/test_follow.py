@@ -568,3 +568,35 @@ def test_a_walk_that_is_cut_goes_on_where_it_ended(
         assert one(connection, settled)
         assert filler.oldest() == 0
     assert_exact(connection, "kb", "content", ALL)
+
+
+@pytest.mark.parametrize("mode", ["ACCESS EXCLUSIVE", "SHARE"])
+def test_a_locked_partition_keeps_nobody_from_the_others(
+    dsn: str, connection: psycopg.Connection[Any], mode: str
+) -> None:
+    """Somebody's DDL holds one leaf: it is named, its rows wait, and those of the other leaves do not."""
+    connection.execute(
+        "CREATE TABLE kb (id int PRIMARY KEY, content text, note text NOT NULL DEFAULT '', embedding vector(16))"
+        " PARTITION BY RANGE (id)"
+    )
+    connection.execute("CREATE TABLE kb_a PARTITION OF kb FOR VALUES FROM (0) TO (100)")
+    connection.execute("CREATE TABLE kb_b PARTITION OF kb FOR VALUES FROM (100) TO (200)")
+    for n in (*range(10), *range(100, 110)):
+        text = f"row {n} tells of subject {n % 7}"
+        connection.execute("INSERT INTO kb VALUES (%s, %s, '', %s)", (n, text, vector(OLD, text)))
+    advance(dsn, "CUT_OVER")
+    there = "SELECT embedding IS NOT NULL AND embedding_g1 IS NOT NULL FROM ONLY kb_b WHERE id = 105"
+    edit(connection, 3)
+    with psycopg.connect(dsn) as other:
+        other.execute(sql.SQL("LOCK TABLE kb_a IN " + mode + " MODE"))
+        with following(dsn, connection) as follower:
+            seen: list[Observation] = []
+            follower.observe = seen.append
+            for _ in range(2):
+                connection.execute("UPDATE ONLY kb_b SET content = content || ' edited' WHERE id = 105")
+                until(lambda: one(connection, there), 4)
+            until(lambda: follower.trouble == "kb_a is locked by somebody's DDL", 4)
+            until(lambda: any(isinstance(s, Health) and s.why == follower.trouble for s in seen), 4)
+            other.commit()
+            until(lambda: fresh(connection, 3) and not follower.trouble, 4)
+    assert_exact(connection, "kb", "content", ALL, at_least=20)

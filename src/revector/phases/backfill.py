@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -560,7 +560,7 @@ class _Entered:
 
 
 @contextmanager
-def entered(work: Work, session: Session, leaf: Leaf) -> Iterator[_Entered]:
+def entered(work: Work, session: Session, leaf: Leaf, patience: float = _LOCK_PATIENCE) -> Iterator[_Entered]:
     """A write transaction in one leaf: ROW EXCLUSIVE first, then the names that the columns have now.
 
     SQL planned before a cutover would write the old model's vectors into the new column, hence the order. The leaf's
@@ -569,7 +569,7 @@ def entered(work: Work, session: Session, leaf: Leaf) -> Iterator[_Entered]:
     """
     with session.transaction():
         table = leaf.identifier if leaf.oid != work.plan.table_oid else work.table_on(session)
-        _enter(work, session, table, leaf)
+        _enter(work, session, table, leaf, patience)
         row = session.row(
             block("phases/backfill", "resolve"),
             relation=leaf.oid,
@@ -591,9 +591,9 @@ def entered(work: Work, session: Session, leaf: Leaf) -> Iterator[_Entered]:
         yield _Entered(table, names, row.hot, session, leaf.oid != work.plan.table_oid, served)
 
 
-def _enter(work: Work, session: Session, table: sql.Identifier, leaf: Leaf) -> None:
+def _enter(work: Work, session: Session, table: sql.Identifier, leaf: Leaf, patience: float) -> None:
     """Wait for ROW EXCLUSIVE in slices of lock_timeout: only somebody's DDL can be in the way."""
-    deadline = time.monotonic() + _LOCK_PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         try:
             with session.transaction():
@@ -607,7 +607,7 @@ def _enter(work: Work, session: Session, table: sql.Identifier, leaf: Leaf) -> N
             work.check_stop()
             if time.monotonic() > deadline:
                 raise PauseBudgetMissed(
-                    f"{work.plan.table} has been locked against writing for {_LOCK_PATIENCE:.0f} s",
+                    f"{work.plan.table} has been locked against writing for {patience:.0f} s",
                     why="Somebody's DDL holds it. Nothing is lost.",
                 ) from None
             time.sleep(0.2)
@@ -692,23 +692,41 @@ class _Way:
     #: The leaf that it has come to (0: it has not begun), the place in it, and the leaf's blocks when it came there.
     leaf: int = 0
     after: tuple[int, int] = (0, 0)
-    end: int = 0
+    end: int | None = None
     #: Places ahead in this leaf -> when they were listed first.
     ahead: dict[tuple[int, int], float] = field(default_factory=dict)
     #: The swap that was not settled when it began, and how many rows it has not filled since, or may have missed.
     swapped: str | None = None
     skipped: int = 0
+    #: Leaves that somebody's DDL held, and their names.
+    locked: dict[int, str] = field(default_factory=dict)
 
-    def comes_to(self, leaf: int, end: int = 0) -> None:
+    def comes_to(self, leaf: int) -> None:
         """Begin with a leaf; 0: it is through, and the next walk begins anew."""
-        self.leaf, self.after, self.end, self.ahead = leaf, (0, 0), end, {}
+        self.leaf, self.after, self.end, self.ahead = leaf, (0, 0), None, {}
+
+    def leaves_out(self, leaf: Leaf) -> None:
+        """Pass a locked leaf; what is known to wait there goes on waiting."""
+        self.locked[leaf.oid] = leaf.name
+        self.skipped += 1
+        self.met |= {key: since for key, since in self.seen.items() if key[0] == leaf.oid}
 
 
 class Filler:
     """Fills pending rows of the managed generations through their pending indexes: catch-up and follower share it."""
 
-    def __init__(self, work: Work, numbers: Sequence[int], *, enduring: bool = False, paced: bool = False) -> None:
+    def __init__(
+        self,
+        work: Work,
+        numbers: Sequence[int],
+        *,
+        enduring: bool = False,
+        paced: bool = False,
+        patience: float | None = None,
+    ) -> None:
         self.work = work
+        #: Seconds after which a leaf that somebody's DDL holds is left for the next way; None: whoever fills waits for it.
+        self.patience = patience
         #: Whether the throttle is asked before each write. A command that waits to swap or to close is in a hurry.
         self.paced = paced
         #: The generations to fill: the new one before SERVED, both from then on.
@@ -721,7 +739,8 @@ class Filler:
         self._ways: dict[tuple[int, ...], _Way] = {}
         #: Whether the last walk ended because its time was up.
         self.cut = False
-        self.reader = work.database.connect("follower", enable_seqscan="off")
+        waits = {} if patience is None else {"lock_timeout": f"{patience:.0f}s"}
+        self.reader = work.database.connect("follower", enable_seqscan="off", **waits)
         self._writer = writer(work, **_BY_PLACE)
         self.session = self._writer.__enter__()
         self.written = 0
@@ -832,22 +851,45 @@ class Filler:
             way.comes_to(0)
             way.swapped, way.skipped = swapped, 0
         ahead = leaves[here[0] :] if here else leaves
+        waiting = {leaf.oid for leaf in leaves}
         if len(leaves) > 1:
-            waiting = self._waiting(numbers, names) | {way.leaf}
+            with self._unless_locked():
+                waiting = self._waiting(numbers, names) | {way.leaf}
             ahead = tuple(leaf for leaf in ahead if leaf.oid in waiting)
+        way.locked = {oid: name for oid, name in way.locked.items() if oid in waiting}
         before = self.written
         for n, leaf in enumerate(ahead):
             if leaf.oid != way.leaf:
-                # What is written behind the present end is for the next way: writers as fast as the model must not hold us.
-                way.comes_to(leaf.oid, _blocks(self.reader, leaf))
+                way.comes_to(leaf.oid)
                 if n and self._over(until):
                     break
-            if not self._walk(way, leaf, numbers, names, until):
+            through = True
+            with self._unless_locked(partial(way.leaves_out, leaf)):
+                through = self._walk(way, leaf, numbers, names, until)
+            if not through:
                 break
         else:
             way.comes_to(0)
             way.seen, way.met = way.met, {}
         return self.written - before
+
+    @contextmanager
+    def _unless_locked(self, tell: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Leave off where somebody's DDL is in the way, for the other leaves' sake; who has patience waits, and raises."""
+        try:
+            yield
+        except (pg.LockNotAvailable, PauseBudgetMissed):
+            if self.patience is None:
+                raise
+            tell()
+
+    def _entered(self, leaf: Leaf, patience: float | None = None) -> AbstractContextManager[_Entered]:
+        given = self.patience if patience is None else patience
+        return entered(self.work, self.session, leaf, _LOCK_PATIENCE if given is None else given)
+
+    def locked(self) -> list[str]:
+        """The leaves that the last look found locked."""
+        return sorted({name for way in self._ways.values() for name in way.locked.values()})
 
     def _over(self, until: float | None) -> bool:
         self.cut = self.cut or (until is not None and time.monotonic() >= until)
@@ -886,6 +928,12 @@ class Filler:
         Returns whether the leaf's end was reached.
         """
         try:
+            if leaf.oid in way.locked:
+                with self._entered(leaf, 0.0):  # before texts are embedded, which may cost money
+                    del way.locked[leaf.oid]
+            if way.end is None:
+                # What is written behind the present end is for the next way: writers as fast as the model must not hold us.
+                way.end = _blocks(self.reader, leaf)
             while True:
                 asked = time.monotonic()
                 places, last = self._places(leaf, numbers, names, way.after, way.end)
@@ -1030,7 +1078,7 @@ class Filler:
             self._inspect(leaf, rows, batch, needed, vectors)
         old, new = vectors.get(plan.old.number), vectors.get(plan.new.number)
         stage_rows(self.session, plan, rows, np.arange(len(batch)), old=old, new=new)
-        with entered(self.work, self.session, leaf) as at:
+        with self._entered(leaf) as at:
             parts = {"table": at.table, "text": raw(plan.text_sql), "new": at.columns[plan.new.number]}
             if at.served:
                 told = at.ask(block("phases/backfill", "fill", old=at.columns[plan.old.number], **parts))
@@ -1113,7 +1161,7 @@ class Filler:
 
     def _alarm(self, leaf: Leaf, generation: Generation, by: str, found: list[Any]) -> None:
         """Make the rows pending, unless somebody has written them meanwhile, and say so on record."""
-        with entered(self.work, self.session, leaf) as at:
+        with self._entered(leaf) as at:
             cleared = at.ask(
                 block("phases/backfill", "clear_wrong", table=at.table, column=at.columns[generation.number]),
                 tids=[r.tid for r in found],
