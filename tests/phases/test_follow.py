@@ -44,6 +44,7 @@ from revector.follow import Follower, managed
 from revector.migration import Alert
 from revector.phases import backfill
 from revector.phases.backfill import Filler
+from revector.throttle import Tuning
 from revector.work import Health, Observation
 
 ALL = {"embedding": NEW, "embedding_g1": OLD}
@@ -600,3 +601,27 @@ def test_a_locked_partition_keeps_nobody_from_the_others(
             other.commit()
             until(lambda: fresh(connection, 3) and not follower.trouble, 4)
     assert_exact(connection, "kb", "content", ALL, at_least=20)
+
+
+def test_a_paused_follower_does_not_look_for_what_it_may_not_fill(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is pending may be much, and the pause long; how long it waits is told nevertheless."""
+    knowledge_base(connection, 12)
+    advance(dsn, "VERIFIED")
+    connection.execute("SET revector.writer = 'on'")
+    connection.execute("UPDATE kb SET embedding_g2 = NULL")
+    original, looks = Filler._places, []
+
+    def counted(self: Filler, *args: Any) -> Any:
+        looks.append(args)
+        return original(self, *args)
+
+    monkeypatch.setattr(Filler, "_places", counted)
+    with filling(dsn, connection) as filler:
+        filler.work.throttle.tuning = Tuning(paused=True)
+        assert [filler.walk() for _ in range(3)] == [0, 0, 0] and len(looks) == 1
+        time.sleep(0.1)
+        assert filler.oldest() > 0.1
+        filler.work.throttle.tuning = Tuning()
+        assert filler.walk() == 12

@@ -787,6 +787,9 @@ class Filler:
         model that fails keeps nobody from the other generation's rows. Raises what failed, at the end, unless this endures.
         """
         self.cut = False
+        # Only who was held up at the last write asks before reading: a throttle that is asked looks at the database.
+        if self._held and not self._may_write():
+            return 0
         swapped = self.work.ledger_on(self.session).unsettled(self.work.plan.old.number)
         due = [number for number in self.troubles if time.monotonic() >= self.troubles[number].again]
         sound = tuple(number for number in self.numbers if number not in self.troubles)
