@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Final
 
@@ -24,7 +24,9 @@ from revector.db import Database, Session
 from revector.embed import Embedder
 from revector.errors import Closing, Interrupted, Refused, Resumable, RevectorError, ServerLost
 from revector.ledger import Ledger, MigrationRow, Stage
+from revector.phases import index
 from revector.phases.backfill import Filler
+from revector.plan import Plan
 from revector.settings import Settings
 from revector.spending import Purse
 from revector.throttle import Throttle
@@ -36,6 +38,10 @@ BEAT: Final = 2.0
 HEALTH: Final = 60.0
 #: A walk through many pending rows is cut after so many seconds, to say how it goes and to look at the stage.
 TURN: Final = 2.0
+#: Seconds between two looks whether the pending indexes are there. Without them a walk reads the whole table: then
+#: the follower rests so many times as long as it took.
+_LOOK_AT_INDEXES: Final = 5.0
+_REST_TIMES: Final = 10
 #: Somebody's DDL is waited for so long; then the other partitions' rows have their turn.
 _PATIENCE: Final = 1.0
 #: A loop that has not come round for so long is not alive, whatever its heartbeat thread says.
@@ -88,6 +94,9 @@ class Follower:
         self._turned = time.monotonic()
         self._told = (float("-inf"), "", "")
         self._wait = _WAITS[0]
+        #: The pending indexes that are lost, and when they were looked at.
+        self._unindexed: list[str] = []
+        self._indexes_seen = float("-inf")
         self._ended = threading.Event()
         #: What the heartbeat tells has changed.
         self._changed = threading.Event()
@@ -232,6 +241,9 @@ class Follower:
                         trigger.check(control, row.plan)
                         if begins and not filler.troubles:
                             self._stand(active=True, trouble="")  # whatever its first walk finds to do
+                        if row.stage.reached(Stage.INDEXED):
+                            self._look_at_indexes(control, row.plan, numbers)
+                        began = time.monotonic()
                         # Before that the sweeps fill the candidate, and there is no index to poll.
                         written = self._walk(filler) if row.stage.reached(Stage.INDEXED) else 0
                     except Refused:
@@ -253,7 +265,9 @@ class Follower:
                         self.observe(Progress("follow", self.filled, self.filled, "rows filled"))
                     self._tell_health(filler, counted=row.stage.reached(Stage.INDEXED))
                     self._turned = time.monotonic()
-                    if not filler.cut:
+                    if self._unindexed:
+                        self._rest(min(max(POLL, _REST_TIMES * (self._turned - began)), HEALTH))
+                    elif not filler.cut:
                         self._rest(POLL)
             finally:
                 self._stand(active=False)
@@ -287,6 +301,12 @@ class Follower:
         except (pg.UndefinedColumn, pg.UndefinedTable, Closing):
             return 0
 
+    def _look_at_indexes(self, control: Session, plan: Plan, numbers: Sequence[int]) -> None:
+        if time.monotonic() - self._indexes_seen >= _LOOK_AT_INDEXES or self._unindexed:
+            lost = (index.pending_trouble(control, plan, plan.generation(number)) for number in numbers)
+            self._unindexed = [what for what in lost if what]
+            self._indexes_seen = time.monotonic()
+
     def _still(self) -> bool:
         """Whether to stop; who asks is not stuck, however long a batch or a wait takes."""
         self._turned = time.monotonic()
@@ -300,6 +320,7 @@ class Follower:
         if len(barred) == len(filler.numbers) and not any(isinstance(error, Resumable) for error in barred):
             raise barred[0]
         troubles = [f"{error}. {error.why}".rstrip(". ") for error in errors]
+        troubles += self._unindexed
         if locked := filler.locked():
             troubles.append(f"{', '.join(locked)} {'is' if len(locked) == 1 else 'are'} locked by somebody's DDL")
         self._stand(active=True, trouble="; ".join(troubles))

@@ -625,3 +625,28 @@ def test_a_paused_follower_does_not_look_for_what_it_may_not_fill(
         assert filler.oldest() > 0.1
         filler.work.throttle.tuning = Tuning()
         assert filler.walk() == 12
+
+
+def test_a_lost_pending_index_is_an_alert_and_costs_no_scan_at_every_poll(
+    dsn: str, connection: psycopg.Connection[Any]
+) -> None:
+    """With a living follower too; the statements that the alert gives bring it back under the names of now."""
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER")
+    with following(dsn, connection) as follower:
+        connection.execute("DROP INDEX rv_kb_g2_pending")
+        (alert,) = [a for a in alerts(dsn) if a.kind == "pending_index"]
+        assert alert.what.startswith("the index rv_kb_g2_pending is missing") and NEW in alert.what
+        until(lambda: follower.trouble == "the index rv_kb_g2_pending is missing", 8)
+        edit(connection, 1)
+        until(lambda: fresh(connection, 1))
+        connection.execute(alert.next)
+        until(lambda: not follower.trouble, 8)
+    assert not alerts(dsn)
+    connection.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'rv_kb_g1_pending'::regclass")
+    (alert,) = alerts(dsn)
+    assert "rv_kb_g1_pending is INVALID" in alert.what
+    for statement in alert.next.split("\n"):
+        connection.execute(statement)
+    assert not alerts(dsn)
+    assert_exact(connection, "kb", "content", ALL)
