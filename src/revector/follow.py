@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Final
 
@@ -24,7 +24,9 @@ from revector.db import Database, Session
 from revector.embed import Embedder
 from revector.errors import Closing, Interrupted, Refused, Resumable, RevectorError, ServerLost
 from revector.ledger import Ledger, MigrationRow, Stage
+from revector.phases import index
 from revector.phases.backfill import Filler
+from revector.plan import Plan
 from revector.settings import Settings
 from revector.spending import Purse
 from revector.throttle import Throttle
@@ -34,6 +36,14 @@ from revector.work import Health, Note, Observer, Progress, Work, checked_models
 POLL: Final = 0.5
 BEAT: Final = 2.0
 HEALTH: Final = 60.0
+#: A walk through many pending rows is cut after so many seconds, to say how it goes and to look at the stage.
+TURN: Final = 2.0
+#: Seconds between two looks whether the pending indexes are there. Without them a walk reads the whole table: then
+#: the follower rests so many times as long as it took.
+_LOOK_AT_INDEXES: Final = 5.0
+_REST_TIMES: Final = 10
+#: Somebody's DDL is waited for so long; then the other partitions' rows have their turn.
+_PATIENCE: Final = 1.0
 #: A loop that has not come round for so long is not alive, whatever its heartbeat thread says.
 _STUCK: Final = 120.0
 #: Seconds between two attempts to come back: the first, and the longest.
@@ -84,6 +94,9 @@ class Follower:
         self._turned = time.monotonic()
         self._told = (float("-inf"), "", "")
         self._wait = _WAITS[0]
+        #: The pending indexes that are lost, and when they were looked at.
+        self._unindexed: list[str] = []
+        self._indexes_seen = float("-inf")
         self._ended = threading.Event()
         #: What the heartbeat tells has changed.
         self._changed = threading.Event()
@@ -216,15 +229,21 @@ class Follower:
                         numbers = managed(row)
                         if filler is not None:
                             filler.close()
-                        filler = Filler(work, numbers, enduring=True, paced=True)
+                        filler = Filler(work, numbers, enduring=True, paced=True, patience=_PATIENCE)
                         proven = False
                     assert filler is not None
-                    if not proven and row.stage.reached(Stage.INDEXED):
+                    begins = not proven and row.stage.reached(Stage.INDEXED)
+                    if begins:
                         # Who is counted on must be able to embed, not only to wait; a swap counts on both models.
                         filler.prove([row.plan.old.number, row.plan.new.number])
                         proven = True
                     try:
                         trigger.check(control, row.plan)
+                        if begins and not filler.troubles:
+                            self._stand(active=True, trouble="")  # whatever its first walk finds to do
+                        if row.stage.reached(Stage.INDEXED):
+                            self._look_at_indexes(control, row.plan, numbers)
+                        began = time.monotonic()
                         # Before that the sweeps fill the candidate, and there is no index to poll.
                         written = self._walk(filler) if row.stage.reached(Stage.INDEXED) else 0
                     except Refused:
@@ -246,7 +265,10 @@ class Follower:
                         self.observe(Progress("follow", self.filled, self.filled, "rows filled"))
                     self._tell_health(filler, counted=row.stage.reached(Stage.INDEXED))
                     self._turned = time.monotonic()
-                    self._rest(POLL)
+                    if self._unindexed:
+                        self._rest(min(max(POLL, _REST_TIMES * (self._turned - began)), HEALTH))
+                    elif not filler.cut:
+                        self._rest(POLL)
             finally:
                 self._stand(active=False)
                 if filler is not None:
@@ -275,9 +297,15 @@ class Follower:
     def _walk(self, filler: Filler) -> int:
         """One walk; a swap or a closing that comes in its way is seen on the next turn."""
         try:
-            return filler.walk()
+            return filler.walk(TURN)
         except (pg.UndefinedColumn, pg.UndefinedTable, Closing):
             return 0
+
+    def _look_at_indexes(self, control: Session, plan: Plan, numbers: Sequence[int]) -> None:
+        if time.monotonic() - self._indexes_seen >= _LOOK_AT_INDEXES or self._unindexed:
+            lost = (index.pending_trouble(control, plan, plan.generation(number)) for number in numbers)
+            self._unindexed = [what for what in lost if what]
+            self._indexes_seen = time.monotonic()
 
     def _still(self) -> bool:
         """Whether to stop; who asks is not stuck, however long a batch or a wait takes."""
@@ -291,7 +319,11 @@ class Follower:
         barred = [filler.troubles[number].error for number in filler.numbers if number in filler.troubles]
         if len(barred) == len(filler.numbers) and not any(isinstance(error, Resumable) for error in barred):
             raise barred[0]
-        self._stand(active=True, trouble="; ".join(f"{error}. {error.why}".rstrip(". ") for error in errors))
+        troubles = [f"{error}. {error.why}".rstrip(". ") for error in errors]
+        troubles += self._unindexed
+        if locked := filler.locked():
+            troubles.append(f"{', '.join(locked)} {'is' if len(locked) == 1 else 'are'} locked by somebody's DDL")
+        self._stand(active=True, trouble="; ".join(troubles))
 
     def _stand(self, *, active: bool, trouble: str | None = None) -> None:
         """How it stands now; the heartbeat tells a change at once, for others wait for it. Trouble None: as before."""
@@ -320,7 +352,8 @@ class Follower:
         if (before, why) == (state, self.trouble) and time.monotonic() - at < self.health_every:
             return
         try:
-            pending = sum(filler.pending(number, _MANY) for number in filler.numbers) if counted else None
+            countable = counted and not filler.locked()
+            pending = sum(filler.pending(number, _MANY) for number in filler.numbers) if countable else None
         except (pg.UndefinedColumn, pg.UndefinedTable, pg.LockNotAvailable):
             return  # a swap or somebody's DDL came between; the next turn tells
         failures = sum(len(filler.work.ledger.failures(number)) for number in filler.numbers)

@@ -146,7 +146,7 @@ class Side:
 class Alert:
     """Something that somebody should look at now."""
 
-    #: `trigger`, `follower_down`, `follower_trouble`, `follower_late` or `wrong_model`.
+    #: `trigger`, `follower_down`, `follower_trouble`, `follower_late`, `pending_index` or `wrong_model`.
     kind: str
     #: One sentence.
     what: str
@@ -1654,6 +1654,7 @@ class Migration:
             Alert("follower_late", f"a row is pending for {f.oldest:.0f} s: locked, or the model is too slow", _log(f))
             for f in vigil if f.active and f.oldest >= LATE
         ]  # fmt: skip
+        found += self._lost_indexes(row)
         if wrong := self.control.row(block("migration", "last_alarm"), migration=row.id, seconds=ALARMING):
             told = wrong.figures
             found.append(
@@ -1665,6 +1666,22 @@ class Migration:
                 )
             )
         return tuple(found)
+
+    def _lost_indexes(self, row: MigrationRow) -> Iterator[Alert]:
+        """Without its pending index a generation's pending rows are found by reading the whole table."""
+        work = self._work(row)
+        for generation in (row.plan.old, row.plan.new):
+            what = index.pending_trouble(self.control, row.plan, generation)
+            column = work.column(generation)
+            if what and column is not None:
+                yield Alert(
+                    "pending_index",
+                    f"{what}: followers, cutover and rollback read the whole table to find what lacks a vector of"
+                    f" {generation.model.model}",
+                    index.pending_repair(
+                        row.plan, generation, work.table, work.schema, column, there=what.endswith("INVALID")
+                    ),
+                )
 
 
 def _explain_unplanned(error: RevectorError) -> None:

@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,11 @@ from revector.embed import Embedder
 from revector.embed.hashing import Hashing
 from revector.embedded import Server
 from revector.errors import KeyRejected, Outage
-from revector.follow import Follower
+from revector.follow import Follower, managed
 from revector.migration import Alert
+from revector.phases import backfill
+from revector.phases.backfill import Filler
+from revector.throttle import Tuning
 from revector.work import Health, Observation
 
 ALL = {"embedding": NEW, "embedding_g1": OLD}
@@ -462,4 +465,188 @@ def test_a_lock_that_is_not_to_be_had_is_no_lost_database(
         until(lambda: one(connection, "SELECT count(*) FROM revector.heartbeats WHERE active AND trouble IS NULL"), 2)
         assert before <= set(one(connection, sessions))
     assert not [s for s in seen if "lost" in str(s)]
+    assert_exact(connection, "kb", "content", ALL)
+
+
+def test_a_row_that_moves_during_a_walk_is_met_by_it(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow model, and an update of another column meanwhile: where rows are pending is read again every second."""
+    knowledge_base(connection, 12)
+    advance(dsn, "CUT_OVER")
+    monkeypatch.setattr(backfill, "_FILL_LIMIT", 4)
+    original, walks = Filler._fill, []
+
+    def slow(self: Filler, *args: Any) -> int:
+        walks.append(args)
+        if len(walks) == 1:
+            connection.execute("UPDATE kb SET note = 'moved' WHERE id IN (6, 9)")
+            time.sleep(1.1)
+        return original(self, *args)
+
+    monkeypatch.setattr(Filler, "_fill", slow)
+    with filling(dsn, connection) as filler, psycopg.connect(dsn) as old:
+        old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        old.execute("SELECT count(*) FROM kb")  # nothing is pruned: a row moves on, not back
+        connection.execute("UPDATE kb SET content = content || ' edited'")
+        assert filler.walk() == 12
+    assert_exact(connection, "kb", "content", ALL)
+
+
+def test_places_are_read_in_pieces_of_what_memory_holds(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generations lack vectors in different rows, so that the pieces end at different places, and rows move."""
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER")
+    connection.execute("SET revector.writer = 'on'")
+    connection.execute("UPDATE kb SET embedding = NULL WHERE id % 3 = 0")
+    connection.execute("UPDATE kb SET embedding_g1 = NULL WHERE id % 2 = 0 OR id > 16")
+    monkeypatch.setattr(backfill, "_PLACES", 3)
+    monkeypatch.setattr(backfill, "_FILL_LIMIT", 2)
+    original, batches = Filler._fill, []
+
+    def moving(self: Filler, leaf: Any, batch: list[Any], needed: Any) -> int:
+        batches.append(len(batch))
+        connection.execute("UPDATE kb SET note = note || 'm' WHERE id = %s", (len(batches),))
+        return original(self, leaf, batch, needed)
+
+    monkeypatch.setattr(Filler, "_fill", moving)
+    fill(dsn, connection)
+    assert len(batches) > 6 and max(batches) == 2
+    assert_exact(connection, "kb", "content", ALL, at_least=20)
+
+
+@contextmanager
+def filling(dsn: str, connection: psycopg.Connection[Any]) -> Iterator[Filler]:
+    """The filler of a follower that is not running, to be driven step by step."""
+    follower = Follower(settings(dsn), oid_of(connection))
+    with Database(settings(dsn)).connect("control") as control:
+        found = follower._work(control)
+        assert found is not None
+        with closing(follower), Filler(found[1], managed(found[0]), enduring=True, paced=True) as filler:
+            yield filler
+
+
+def test_a_follower_with_much_to_do_is_counted_and_says_how_late_it_is(
+    dsn: str, connection: psycopg.Connection[Any]
+) -> None:
+    """Its first walk alone would take 12 s: who is filling is alive, and rows that it has not come to wait."""
+    knowledge_base(connection, 600, index=None)
+    advance(dsn, "CUT_OVER")
+    connection.execute("UPDATE kb SET content = content || ' edited'")
+    with steering(dsn) as migration:
+        migration.tune({"max_rows_per_second": 50})
+    pending = "SELECT count(*) FROM kb WHERE embedding IS NULL"
+    with following(dsn, connection):
+        assert one(connection, pending) > 400
+        assert not alerts(dsn)
+        until(lambda: one(connection, "SELECT oldest FROM revector.heartbeats") > 4)
+        assert one(connection, pending) > 100
+        until(lambda: not one(connection, pending))
+        until(lambda: one(connection, "SELECT oldest FROM revector.heartbeats") == 0)
+    assert_exact(connection, "kb", "content", ALL)
+
+
+def test_a_walk_that_is_cut_goes_on_where_it_ended(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locked rows keep their age and nobody waiting; only a whole way without them settles what a swap left open."""
+    knowledge_base(connection, 12)
+    advance(dsn, "CUT_OVER")
+    connection.execute("UPDATE revector.generations SET swapped = pg_current_xact_id()::xid, settled = false")
+    connection.execute("UPDATE kb SET content = content || ' edited'")
+    settled = "SELECT bool_and(settled) FROM revector.generations"
+    monkeypatch.setattr(backfill, "_FILL_LIMIT", 4)
+    with filling(dsn, connection) as filler:
+        with psycopg.connect(dsn) as other:
+            other.execute("SELECT FROM kb WHERE id < 4 FOR UPDATE")
+            assert [(filler.walk(0.0), filler.cut) for _ in range(4)] == [(0, True), (4, True), (4, False), (0, False)]
+            time.sleep(0.5)
+            assert filler.walk(0.0) == 0 and filler.oldest() > 0.5
+        assert not one(connection, settled)
+        assert filler.walk(0.0) == 4 and not filler.cut
+        assert one(connection, settled)
+        assert filler.oldest() == 0
+    assert_exact(connection, "kb", "content", ALL)
+
+
+@pytest.mark.parametrize("mode", ["ACCESS EXCLUSIVE", "SHARE"])
+def test_a_locked_partition_keeps_nobody_from_the_others(
+    dsn: str, connection: psycopg.Connection[Any], mode: str
+) -> None:
+    """Somebody's DDL holds one leaf: it is named, its rows wait, and those of the other leaves do not."""
+    connection.execute(
+        "CREATE TABLE kb (id int PRIMARY KEY, content text, note text NOT NULL DEFAULT '', embedding vector(16))"
+        " PARTITION BY RANGE (id)"
+    )
+    connection.execute("CREATE TABLE kb_a PARTITION OF kb FOR VALUES FROM (0) TO (100)")
+    connection.execute("CREATE TABLE kb_b PARTITION OF kb FOR VALUES FROM (100) TO (200)")
+    for n in (*range(10), *range(100, 110)):
+        text = f"row {n} tells of subject {n % 7}"
+        connection.execute("INSERT INTO kb VALUES (%s, %s, '', %s)", (n, text, vector(OLD, text)))
+    advance(dsn, "CUT_OVER")
+    there = "SELECT embedding IS NOT NULL AND embedding_g1 IS NOT NULL FROM ONLY kb_b WHERE id = 105"
+    edit(connection, 3)
+    with psycopg.connect(dsn) as other:
+        other.execute(sql.SQL("LOCK TABLE kb_a IN " + mode + " MODE"))
+        with following(dsn, connection) as follower:
+            seen: list[Observation] = []
+            follower.observe = seen.append
+            for _ in range(2):
+                connection.execute("UPDATE ONLY kb_b SET content = content || ' edited' WHERE id = 105")
+                until(lambda: one(connection, there), 4)
+            until(lambda: follower.trouble == "kb_a is locked by somebody's DDL", 4)
+            until(lambda: any(isinstance(s, Health) and s.why == follower.trouble for s in seen), 4)
+            other.commit()
+            until(lambda: fresh(connection, 3) and not follower.trouble, 4)
+    assert_exact(connection, "kb", "content", ALL, at_least=20)
+
+
+def test_a_paused_follower_does_not_look_for_what_it_may_not_fill(
+    dsn: str, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is pending may be much, and the pause long; how long it waits is told nevertheless."""
+    knowledge_base(connection, 12)
+    advance(dsn, "VERIFIED")
+    connection.execute("SET revector.writer = 'on'")
+    connection.execute("UPDATE kb SET embedding_g2 = NULL")
+    original, looks = Filler._places, []
+
+    def counted(self: Filler, *args: Any) -> Any:
+        looks.append(args)
+        return original(self, *args)
+
+    monkeypatch.setattr(Filler, "_places", counted)
+    with filling(dsn, connection) as filler:
+        filler.work.throttle.tuning = Tuning(paused=True)
+        assert [filler.walk() for _ in range(3)] == [0, 0, 0] and len(looks) == 1
+        time.sleep(0.1)
+        assert filler.oldest() > 0.1
+        filler.work.throttle.tuning = Tuning()
+        assert filler.walk() == 12
+
+
+def test_a_lost_pending_index_is_an_alert_and_costs_no_scan_at_every_poll(
+    dsn: str, connection: psycopg.Connection[Any]
+) -> None:
+    """With a living follower too; the statements that the alert gives bring it back under the names of now."""
+    knowledge_base(connection, 20)
+    advance(dsn, "CUT_OVER")
+    with following(dsn, connection) as follower:
+        connection.execute("DROP INDEX rv_kb_g2_pending")
+        (alert,) = [a for a in alerts(dsn) if a.kind == "pending_index"]
+        assert alert.what.startswith("the index rv_kb_g2_pending is missing") and NEW in alert.what
+        until(lambda: follower.trouble == "the index rv_kb_g2_pending is missing", 8)
+        edit(connection, 1)
+        until(lambda: fresh(connection, 1))
+        connection.execute(alert.next)
+        until(lambda: not follower.trouble, 8)
+    assert not alerts(dsn)
+    connection.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'rv_kb_g1_pending'::regclass")
+    (alert,) = alerts(dsn)
+    assert "rv_kb_g1_pending is INVALID" in alert.what
+    for statement in alert.next.split("\n"):
+        connection.execute(statement)
+    assert not alerts(dsn)
     assert_exact(connection, "kb", "content", ALL)

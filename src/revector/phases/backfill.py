@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -50,6 +50,10 @@ _NOTED_EVERY: Final = 2.0
 _FILL_LIMIT: Final = 256
 #: A walk holds so many places of pending rows in memory: each reading of the pending index sorts all that is in it.
 _PLACES: Final = 50_000
+#: Rows move while they are listed: a list of places is used for so many seconds, or for so many times what its reading
+#: took, so that reading costs a small share of a walk however much is pending.
+_LISTED: Final = 1.0
+_LISTED_TIMES: Final = 10
 #: So many seconds `refresh` goes on looking for stale rows that it cannot write, with no fewer of them left.
 _REFRESH_PATIENCE: Final = 60.0
 #: A model that fails is asked again after so many seconds, and after twice as many each time, up to so many.
@@ -556,7 +560,7 @@ class _Entered:
 
 
 @contextmanager
-def entered(work: Work, session: Session, leaf: Leaf) -> Iterator[_Entered]:
+def entered(work: Work, session: Session, leaf: Leaf, patience: float = _LOCK_PATIENCE) -> Iterator[_Entered]:
     """A write transaction in one leaf: ROW EXCLUSIVE first, then the names that the columns have now.
 
     SQL planned before a cutover would write the old model's vectors into the new column, hence the order. The leaf's
@@ -565,7 +569,7 @@ def entered(work: Work, session: Session, leaf: Leaf) -> Iterator[_Entered]:
     """
     with session.transaction():
         table = leaf.identifier if leaf.oid != work.plan.table_oid else work.table_on(session)
-        _enter(work, session, table, leaf)
+        _enter(work, session, table, leaf, patience)
         row = session.row(
             block("phases/backfill", "resolve"),
             relation=leaf.oid,
@@ -587,9 +591,9 @@ def entered(work: Work, session: Session, leaf: Leaf) -> Iterator[_Entered]:
         yield _Entered(table, names, row.hot, session, leaf.oid != work.plan.table_oid, served)
 
 
-def _enter(work: Work, session: Session, table: sql.Identifier, leaf: Leaf) -> None:
+def _enter(work: Work, session: Session, table: sql.Identifier, leaf: Leaf, patience: float) -> None:
     """Wait for ROW EXCLUSIVE in slices of lock_timeout: only somebody's DDL can be in the way."""
-    deadline = time.monotonic() + _LOCK_PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         try:
             with session.transaction():
@@ -603,7 +607,7 @@ def _enter(work: Work, session: Session, table: sql.Identifier, leaf: Leaf) -> N
             work.check_stop()
             if time.monotonic() > deadline:
                 raise PauseBudgetMissed(
-                    f"{work.plan.table} has been locked against writing for {_LOCK_PATIENCE:.0f} s",
+                    f"{work.plan.table} has been locked against writing for {patience:.0f} s",
                     why="Somebody's DDL holds it. Nothing is lost.",
                 ) from None
             time.sleep(0.2)
@@ -678,11 +682,51 @@ class Trouble:
     again: float
 
 
+@dataclass(slots=True)
+class _Way:
+    """One way through all that is pending in some generations: where a walk is cut short, the next one goes on."""
+
+    #: (leaf, place, hash of the text) -> when a look found it pending first: on the way before, and on this one.
+    seen: dict[tuple[int, str, int], float] = field(default_factory=dict)
+    met: dict[tuple[int, str, int], float] = field(default_factory=dict)
+    #: The leaf that it has come to (0: it has not begun), the place in it, and the leaf's blocks when it came there.
+    leaf: int = 0
+    after: tuple[int, int] = (0, 0)
+    end: int | None = None
+    #: Places ahead in this leaf -> when they were listed first.
+    ahead: dict[tuple[int, int], float] = field(default_factory=dict)
+    #: The swap that was not settled when it began, and how many rows it has not filled since, or may have missed.
+    swapped: str | None = None
+    skipped: int = 0
+    #: Leaves that somebody's DDL held, and their names.
+    locked: dict[int, str] = field(default_factory=dict)
+
+    def comes_to(self, leaf: int) -> None:
+        """Begin with a leaf; 0: it is through, and the next walk begins anew."""
+        self.leaf, self.after, self.end, self.ahead = leaf, (0, 0), None, {}
+
+    def leaves_out(self, leaf: Leaf) -> None:
+        """Pass a locked leaf; what is known to wait there goes on waiting."""
+        self.locked[leaf.oid] = leaf.name
+        self.skipped += 1
+        self.met |= {key: since for key, since in self.seen.items() if key[0] == leaf.oid}
+
+
 class Filler:
     """Fills pending rows of the managed generations through their pending indexes: catch-up and follower share it."""
 
-    def __init__(self, work: Work, numbers: Sequence[int], *, enduring: bool = False, paced: bool = False) -> None:
+    def __init__(
+        self,
+        work: Work,
+        numbers: Sequence[int],
+        *,
+        enduring: bool = False,
+        paced: bool = False,
+        patience: float | None = None,
+    ) -> None:
         self.work = work
+        #: Seconds after which a leaf that somebody's DDL holds is left for the next way; None: whoever fills waits for it.
+        self.patience = patience
         #: Whether the throttle is asked before each write. A command that waits to swap or to close is in a hurry.
         self.paced = paced
         #: The generations to fill: the new one before SERVED, both from then on.
@@ -691,12 +735,12 @@ class Filler:
         self.enduring = enduring
         #: Generation number -> what is wrong with its model. Who does not endure is told when all else is written.
         self.troubles: dict[int, Trouble] = {}
-        #: (leaf, place, hash of the text) -> when a look found it pending first; those of the last walk alone.
-        self.seen: dict[tuple[int, str, int], float] = {}
-        self._met: dict[tuple[int, str, int], float] = {}
-        #: Rows that the last walk met and did not fill.
-        self._skipped = 0
-        self.reader = work.database.connect("follower", enable_seqscan="off")
+        #: Generations -> the way through what is pending in them. A model that fails has one of its own.
+        self._ways: dict[tuple[int, ...], _Way] = {}
+        #: Whether the last walk ended because its time was up.
+        self.cut = False
+        waits = {} if patience is None else {"lock_timeout": f"{patience:.0f}s"}
+        self.reader = work.database.connect("follower", enable_seqscan="off", **waits)
         self._writer = writer(work, **_BY_PLACE)
         self.session = self._writer.__enter__()
         self.written = 0
@@ -735,32 +779,49 @@ class Filler:
         )
         return int(self.reader.value(statement, migration=self.work.ledger.migration, generation=number, limit=limit))
 
-    def walk(self) -> int:
+    def walk(self, within: float | None = None) -> int:
         """One walk through all that is pending now, leaf by leaf in heap order; returns the rows written.
 
-        A locked row is skipped and met again on the next walk, so a locked head cannot starve the rest. A model that
-        fails keeps nobody from the other generation's rows. Raises what failed, at the end, unless this endures.
+        After `within` seconds it ends, and the next walk goes on there: whoever is pending behind it is met when it
+        begins anew. A locked row is skipped and met again on the next way, so a locked head cannot starve the rest. A
+        model that fails keeps nobody from the other generation's rows. Raises what failed, at the end, unless this endures.
         """
-        self._met, self._skipped = {}, 0
-        ledger = self.work.ledger_on(self.session)
-        swapped = ledger.unsettled(self.work.plan.old.number)
+        self.cut = False
+        # Only who was held up at the last write asks before reading: a throttle that is asked looks at the database.
+        if self._held and not self._may_write():
+            return 0
+        swapped = self.work.ledger_on(self.session).unsettled(self.work.plan.old.number)
         due = [number for number in self.troubles if time.monotonic() >= self.troubles[number].again]
-        sound = [number for number in self.numbers if number not in self.troubles]
-        try:
-            written = self._walk_all(sound) if sound else 0
-            for number in due:
-                if number in self.numbers:
-                    written += self._walk_all([number])
-                else:  # counted on, though not filled yet
-                    self._prove(number)
-        finally:
-            self.seen = self._met
-        if self.troubles and not self.enduring:
-            raise self.troubles.popitem()[1].error
+        sound = tuple(number for number in self.numbers if number not in self.troubles)
+        self._part_ways([sound, *((number,) for number in self.troubles)])
+        walked = [sound] if sound else []
+        written = self._walk_all(sound, swapped, within) if sound else 0
+        for number in due:
+            if number in self.numbers:
+                walked.append((number,))
+                written += self._walk_all((number,), swapped, within)
+            else:  # counted on, though not filled yet
+                self._prove(number)
+        if self.troubles:
+            if not self.enduring:
+                raise self.troubles.popitem()[1].error
+            for way in self._ways.values():
+                way.skipped += 1
+            return written
         # What was pending at the swap is no sign of the old side; a row that was locked may still be such a one.
-        if swapped is not None and not self.troubles and not self._skipped and not self.work.stop():
-            ledger.settle_swap(swapped)
+        ways = [self._ways[numbers] for numbers in walked]
+        if swapped is not None and all(not w.leaf and not w.skipped and w.swapped == swapped for w in ways):
+            self.work.ledger_on(self.session).settle_swap(swapped)
         return written
+
+    def _part_ways(self, wanted: Sequence[tuple[int, ...]]) -> None:
+        """A model that fails, or answers again, changes who is filled together; since when rows wait is kept."""
+        known: dict[tuple[int, str, int], float] = {}
+        for numbers in [numbers for numbers in self._ways if numbers not in wanted]:
+            way = self._ways.pop(numbers)
+            known |= way.seen | way.met
+        for numbers in wanted:
+            self._ways.setdefault(numbers, _Way(seen=dict(known)))
 
     def prove(self, numbers: Sequence[int]) -> None:
         """Load and check these models now, so that whoever counts on this counts on models that answer."""
@@ -779,18 +840,63 @@ class Filler:
 
     def oldest(self) -> float:
         """Seconds since a look first found something pending that is not filled yet; 0: nothing waits."""
-        first = [*self.seen.values(), *(trouble.since for trouble in self.troubles.values())]
+        first = [trouble.since for trouble in self.troubles.values()]
+        for way in self._ways.values():
+            first += [*way.seen.values(), *way.met.values(), *way.ahead.values()]
         return max(0.0, time.monotonic() - min(first)) if first else 0.0
 
-    def _walk_all(self, numbers: Sequence[int]) -> int:
+    def _walk_all(self, numbers: tuple[int, ...], swapped: str | None, within: float | None) -> int:
+        way, until = self._ways[numbers], None if within is None else time.monotonic() + within
         names = self._names()
-        if not self.work.plan.partitioned:
-            return self._walk(self._table, numbers, names)
-        leaves = self.work.leaves(self.reader)
+        leaves = self.work.leaves(self.reader) if self.work.plan.partitioned else (self._table,)
+        here = [n for n, leaf in enumerate(leaves) if leaf.oid == way.leaf]
+        if not here:
+            way.comes_to(0)
+            way.swapped, way.skipped = swapped, 0
+        ahead = leaves[here[0] :] if here else leaves
+        waiting = {leaf.oid for leaf in leaves}
         if len(leaves) > 1:
-            waiting = self._waiting(numbers, names)
-            leaves = tuple(leaf for leaf in leaves if leaf.oid in waiting)
-        return sum(self._walk(leaf, numbers, names) for leaf in leaves)
+            with self._unless_locked():
+                waiting = self._waiting(numbers, names) | {way.leaf}
+            ahead = tuple(leaf for leaf in ahead if leaf.oid in waiting)
+        way.locked = {oid: name for oid, name in way.locked.items() if oid in waiting}
+        before = self.written
+        for n, leaf in enumerate(ahead):
+            if leaf.oid != way.leaf:
+                way.comes_to(leaf.oid)
+                if n and self._over(until):
+                    break
+            through = True
+            with self._unless_locked(partial(way.leaves_out, leaf)):
+                through = self._walk(way, leaf, numbers, names, until)
+            if not through:
+                break
+        else:
+            way.comes_to(0)
+            way.seen, way.met = way.met, {}
+        return self.written - before
+
+    @contextmanager
+    def _unless_locked(self, tell: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Leave off where somebody's DDL is in the way, for the other leaves' sake; who has patience waits, and raises."""
+        try:
+            yield
+        except (pg.LockNotAvailable, PauseBudgetMissed):
+            if self.patience is None:
+                raise
+            tell()
+
+    def _entered(self, leaf: Leaf, patience: float | None = None) -> AbstractContextManager[_Entered]:
+        given = self.patience if patience is None else patience
+        return entered(self.work, self.session, leaf, _LOCK_PATIENCE if given is None else given)
+
+    def locked(self) -> list[str]:
+        """The leaves that the last look found locked."""
+        return sorted({name for way in self._ways.values() for name in way.locked.values()})
+
+    def _over(self, until: float | None) -> bool:
+        self.cut = self.cut or (until is not None and time.monotonic() >= until)
+        return self.cut
 
     def _names(self) -> dict[int, sql.Identifier]:
         """Generation number -> the name that its column has now, from the server's caches: an idle look reads little."""
@@ -817,41 +923,69 @@ class Filler:
             for row in self.reader.rows(block("phases/backfill", "waiting", column=names[number], **parts))
         }
 
-    def _walk(self, leaf: Leaf, numbers: Sequence[int], names: Mapping[int, sql.Identifier]) -> int:
-        """Walk through one leaf: where rows are pending is read at once, what they hold batch by batch."""
-        written, after = 0, (0, 0)
-        # What is written behind the present end is for the next walk: writers as fast as the model must not hold us.
-        end_block = _blocks(self.reader, leaf)
+    def _walk(
+        self, way: _Way, leaf: Leaf, numbers: Sequence[int], names: Mapping[int, sql.Identifier], until: float | None
+    ) -> bool:
+        """Go on through one leaf: where rows are pending is read for a second or more, what they hold batch by batch.
+
+        Returns whether the leaf's end was reached.
+        """
         try:
+            if leaf.oid in way.locked:
+                with self._entered(leaf, 0.0):  # before texts are embedded, which may cost money
+                    del way.locked[leaf.oid]
+            if way.end is None:
+                # What is written behind the present end is for the next way: writers as fast as the model must not hold us.
+                way.end = _blocks(self.reader, leaf)
             while True:
-                places, last = self._places(leaf, numbers, names, after, end_block)
+                asked = time.monotonic()
+                places, last = self._places(leaf, numbers, names, way.after, way.end)
+                read = time.monotonic()
+                before, way.ahead = way.ahead, {place: way.ahead.get(place, read) for place in places}
+                # What has left its place may be pending where this way has been already.
+                way.skipped += len(before.keys() - way.ahead.keys())
+                soon = read + _LISTED_TIMES * (read - asked)
+                good, moved = max(soon, read + _LISTED), False
                 while places:
+                    # Who has met a row's empty place looks for the row as soon as the share allows.
+                    if time.monotonic() >= (soon if moved else good):
+                        break
                     limit = min(_FILL_LIMIT, (self.work.throttle.most() if self.paced else None) or _FILL_LIMIT)
                     some, places = places[:limit], places[limit:]
                     if self.work.stop():
-                        return written
+                        return False
                     batch = self._texts(leaf, numbers, names, some)
-                    # A row that has left its place may be pending at another one, which this walk does not meet.
-                    self._skipped += len(some) - len(batch)
-                    if not batch:
-                        continue
-                    now = time.monotonic()
-                    for key in [(leaf.oid, r.tid, r.hash) for r in batch]:
-                        self._met[key] = self.seen.get(key, now)
-                    if self.paced and not self._may_write():
-                        self._skipped += len(batch)
-                        return written
-                    needed = {number: {r.tid for r in batch if number in r.needed} for number in numbers}
-                    written += (count := self._fill(leaf, batch, needed))
-                    self._skipped += len(batch) - count
-                    self.work.throttle.wrote(count)
-                    if all(number in self.troubles for number in numbers):
-                        return written
-                if last is None:
-                    return written
-                after = last
+                    # A row that has left its place may be pending at another one, which this way does not meet.
+                    way.skipped += len(some) - len(batch)
+                    moved = moved or len(batch) < len(some)
+                    if batch:
+                        now = time.monotonic()
+                        keys = [(leaf.oid, r.tid, r.hash) for r in batch]
+                        for key in keys:
+                            way.met[key] = way.met.get(key) or way.seen.pop(key, way.ahead.get(_place(key[1]), now))
+                        if self.paced and not self._may_write():
+                            return False
+                        needed = {number: {r.tid for r in batch if number in r.needed} for number in numbers}
+                        count = self._fill(leaf, batch, needed)
+                        way.skipped += len(batch) - count
+                        if count == len(batch) and not self.troubles.keys() & set(numbers):
+                            for key in keys:
+                                del way.met[key]
+                        self.work.throttle.wrote(count)
+                    way.after = some[-1]
+                    for place in some:
+                        del way.ahead[place]
+                    if all(number in self.troubles for number in numbers) or (places and self._over(until)):
+                        return False
+                else:
+                    if last is None:
+                        return True
+                    # Who is pending beyond what was listed may come to be behind us unseen.
+                    way.after, way.skipped = last, way.skipped + 1
+                    if self._over(until):
+                        return False
         except Detached:
-            return written
+            return True
 
     def _wanted(self, numbers: Sequence[int]) -> list[int]:
         return [number for number in numbers if number not in self.troubles or len(numbers) == 1]
@@ -947,7 +1081,7 @@ class Filler:
             self._inspect(leaf, rows, batch, needed, vectors)
         old, new = vectors.get(plan.old.number), vectors.get(plan.new.number)
         stage_rows(self.session, plan, rows, np.arange(len(batch)), old=old, new=new)
-        with entered(self.work, self.session, leaf) as at:
+        with self._entered(leaf) as at:
             parts = {"table": at.table, "text": raw(plan.text_sql), "new": at.columns[plan.new.number]}
             if at.served:
                 told = at.ask(block("phases/backfill", "fill", old=at.columns[plan.old.number], **parts))
@@ -1030,7 +1164,7 @@ class Filler:
 
     def _alarm(self, leaf: Leaf, generation: Generation, by: str, found: list[Any]) -> None:
         """Make the rows pending, unless somebody has written them meanwhile, and say so on record."""
-        with entered(self.work, self.session, leaf) as at:
+        with self._entered(leaf) as at:
             cleared = at.ask(
                 block("phases/backfill", "clear_wrong", table=at.table, column=at.columns[generation.number]),
                 tids=[r.tid for r in found],

@@ -16,7 +16,7 @@ from psycopg import errors as pg
 from psycopg import sql
 
 from revector.carried import Twin
-from revector.db import block, raw, with_clause
+from revector.db import Session, block, raw, with_clause
 from revector.errors import Interrupted, Refused
 from revector.partitions import Leaf, Part, below, index_parts
 from revector.plan import Generation, Plan, TargetIndex, own_name
@@ -148,16 +148,40 @@ def _pending_statement(
 
     Where the column was NOT NULL, rows without a text are in it too: closing must find any row without a vector.
     """
-    has_text = sql.SQL("") if plan.not_null else sql.SQL(" AND ({}) IS NOT NULL").format(raw(plan.text_sql))
     column = plan.new.column if generation.number == plan.new.number else plan.column
+    parts = {"column": sql.Identifier(column), "has_text": _has_text(plan)}
     return block(
-        "phases/index",
-        "pending_root" if root else "pending_index",
-        name=sql.Identifier(name),
-        table=table,
-        column=sql.Identifier(column),
-        has_text=has_text,
+        "phases/index", "pending_root" if root else "pending_index", name=sql.Identifier(name), table=table, **parts
     )
+
+
+def _has_text(plan: Plan) -> sql.Composable:
+    return sql.SQL("") if plan.not_null else sql.SQL(" AND ({}) IS NOT NULL").format(raw(plan.text_sql))
+
+
+def pending_trouble(session: Session, plan: Plan, generation: Generation) -> str:
+    """What is wrong with a generation's pending index; empty: it is there and valid."""
+    # By its name, for REINDEX CONCURRENTLY leaves another OID.
+    valid = session.value(block("phases/verify", "index"), table=plan.table_oid, name=generation.pending_index)
+    return "" if valid else f"the index {generation.pending_index} is {'missing' if valid is None else 'INVALID'}"
+
+
+def pending_repair(
+    plan: Plan, generation: Generation, table: sql.Composable, schema: str, column: str, *, there: bool
+) -> str:
+    """The statements that bring a lost or INVALID pending index back, by the names of now."""
+    name = generation.pending_index
+    parts = {"name": sql.Identifier(name), "column": sql.Identifier(column), "has_text": _has_text(plan)}
+    statements = [block("phases/index", "pending_whole" if plan.partitioned else "pending_index", table=table, **parts)]
+    if there:
+        where = sql.Identifier(schema, name)
+        statements.insert(
+            0,
+            block("phases/index", "drop_whole", name=where)
+            if plan.partitioned
+            else block("work", "drop_index", name=where),
+        )
+    return "\n".join(f"{statement.as_string(None)};" for statement in statements)
 
 
 def _everywhere(work: Work, name: str, suffix: str, generation: Generation, make: _Make) -> dict[str, object]:

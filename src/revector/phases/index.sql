@@ -33,6 +33,16 @@ CREATE INDEX CONCURRENTLY {name} ON {table} ((1)) WHERE {column} IS NULL{has_tex
 -- lock: ACCESS EXCLUSIVE on the partitioned table alone, which holds no row
 CREATE INDEX {name} ON ONLY {table} ((1)) WHERE {column} IS NULL{has_text};
 
+-- name: pending_whole
+-- The same on a partitioned table and all below it, where an operator brings a lost one back.
+-- lock: SHARE on every partition, for a scan
+CREATE INDEX {name} ON {table} ((1)) WHERE {column} IS NULL{has_text};
+
+-- name: drop_whole
+-- The index of a partitioned table, which no server drops concurrently.
+-- lock: ACCESS EXCLUSIVE on every partition, for a moment
+DROP INDEX {name};
+
 -- name: attach
 -- A partition's index becomes part of the table's.
 -- lock: ACCESS EXCLUSIVE on the partition, for a moment
