@@ -354,8 +354,8 @@ class Follower:
         try:
             countable = counted and not filler.locked()
             pending = sum(filler.pending(number, _MANY) for number in filler.numbers) if countable else None
-        except (pg.UndefinedColumn, pg.UndefinedTable, pg.LockNotAvailable):
-            return  # a swap or somebody's DDL came between; the next turn tells
+        except (Refused, pg.UndefinedColumn, pg.UndefinedTable, pg.LockNotAvailable):
+            return  # a swap, a closing or somebody's DDL came between; the next turn tells
         failures = sum(len(filler.work.ledger.failures(number)) for number in filler.numbers)
         self._told = (time.monotonic(), state, self.trouble)
         self.observe(Health(state, self.filled, pending, self.oldest, failures, self.trouble))
