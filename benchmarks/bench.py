@@ -8,7 +8,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,24 +56,6 @@ def make_table(connection: psycopg.Connection[Any], rows: int, *, index: bool = 
     connection.execute("VACUUM ANALYZE kb")
 
 
-def usual_way(connection: psycopg.Connection[Any]) -> float:
-    """Rows a second of a script: SELECT a batch, embed it, UPDATE each row by id, commit."""
-    connection.execute("ALTER TABLE kb ADD COLUMN usual vector(768)")
-    model = Embedder(NEW)
-    model.load()
-    began, done = time.monotonic(), 0
-    while batch := connection.execute(
-        "SELECT id, content FROM kb WHERE usual IS NULL AND id >= %s ORDER BY id LIMIT 50", (done,)
-    ).fetchall():
-        vectors = model.encode([text for _, text in batch])
-        with connection.transaction(), connection.cursor() as cursor:
-            cursor.executemany(
-                "UPDATE kb SET usual = %s WHERE id = %s", [(v, n) for (n, _), v in zip(batch, vectors, strict=True)]
-            )
-        done = batch[-1][0] + 1
-    return done / (time.monotonic() - began)
-
-
 def our_way(dsn: str) -> dict[str, Any]:
     """The figures of a run's backfill."""
     with Migration.open(Settings(database_url=dsn), table="kb") as migration:
@@ -91,7 +72,7 @@ def database_side(dsn: str) -> list[Row]:
             ours.append(figures["rows"] / figures["seconds"])
             hot.append(figures["hot"] / figures["rows"])
             make_table(connection, ROWS)
-            usual.append(usual_way(connection))
+            usual.append(serving.usual_way(dsn, serving.Size(ROWS, OLD, NEW)))
     ratio = statistics.median(a / b for a, b in zip(ours, usual, strict=True))
     share = statistics.median(hot)
     return [

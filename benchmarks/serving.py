@@ -109,12 +109,14 @@ class Tables:
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def usual_way(dsn: str, size: Size) -> None:
-    """A script: SELECT a batch, embed it, UPDATE each row by id, commit."""
+def usual_way(dsn: str, size: Size) -> float:
+    """A script: SELECT a batch, embed it, UPDATE each row by id, commit; returns its rows a second."""
     model, done = Embedder(size.new), 0
+    model.load()
     with psycopg.connect(dsn, autocommit=True) as connection:
         register_vector(connection)
         connection.execute(f"ALTER TABLE kb ADD COLUMN usual vector({model.get_embedding_dimension()})")
+        began = time.monotonic()
         while batch := connection.execute(
             "SELECT id, content FROM kb WHERE usual IS NULL AND id >= %s ORDER BY id LIMIT 50", (done,)
         ).fetchall():
@@ -124,6 +126,7 @@ def usual_way(dsn: str, size: Size) -> None:
                     "UPDATE kb SET usual = %s WHERE id = %s", [(v, n) for (n, _), v in zip(batch, vectors, strict=True)]
                 )
             done = batch[-1][0] + 1
+        return done / (time.monotonic() - began)
 
 
 class Done(Exception):
@@ -457,7 +460,7 @@ def search_beside(tables: Tables, runs: int) -> Row:
 def vacuum(tables: Tables, runs: int) -> Row:
     """VACUUM of the table right after its backfill, with the live HNSW index and no old snapshot."""
 
-    def seconds(way: Callable[[str], None]) -> float:
+    def seconds(way: Callable[[str], object]) -> float:
         dsn = tables.copy()
         with psycopg.connect(dsn, autocommit=True) as connection:
             connection.execute("ALTER TABLE kb SET (autovacuum_enabled = off)")

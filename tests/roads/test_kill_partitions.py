@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
 import psycopg
 import pytest
 import test_kill
-import victim
 
 from revector import Migration, Settings
 
@@ -56,13 +50,7 @@ def test_killed_and_given_again(dsn: str, connection: psycopg.Connection, step: 
     command = test_kill.road_of(step)
     with test_kill.writing(dsn) as errors:
         test_kill.proceed(dsn, test_kill.before(step))
-        killed = subprocess.run(
-            [sys.executable, Path(victim.__file__), dsn, command, step, moment],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert killed.returncode == -signal.SIGKILL, f"{step} did not happen: {killed.stderr[-600:]}"
+        test_kill.kill(dsn, command, step, moment)
         with Migration.open(Settings(database_url=dsn), table="kb") as migration:
             row = migration.latest()
             done = row is not None and row.stage.closed
